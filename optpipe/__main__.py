@@ -1,0 +1,130 @@
+"""The command line: compose → check everything → run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+STARTED = time.perf_counter()
+PROCESS_START = time.time()
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+EXIT_PROBLEM = 1
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run optpipe with the words of the command line; exit with 1 if it could not do what they ask."""
+    from optpipe import compose
+    from optpipe.errors import OptpipeError
+
+    command = compose.read(sys.argv[1:])
+    try:
+        compose.prepare(command)
+        if not command.is_question:
+            compose.check(command)
+            _check_writable(command)
+    except OptpipeError as error:
+        sys.exit(_say_error(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(_hydra(command))
+
+
+def _hydra(command: Any) -> int:
+    """Hand over to Hydra, which calls the job once, or once per combination of a sweep."""
+    import hydra
+
+    from optpipe.compose import CONF
+
+    outcome = {"code": 0}
+
+    def job(config: DictConfig) -> float | None:
+        return _job(config, command, outcome)
+
+    sys.argv[1:] = command.argv()
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return outcome["code"]
+
+
+def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | None:
+    """One run. In a sweep an error goes to Hydra; in a single run it becomes one message and the exit code."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from optpipe import compose, execute
+    from optpipe.errors import OptpipeError
+    from optpipe.progress import log
+
+    started, hydra_config = _started(), HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    try:
+        plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject)
+        if config.dry_run:
+            print(execute.describe(plan))
+            return None
+        report = execute.execute(plan, Path(hydra_config.runtime.output_dir), started)
+        outcome["code"] = _show(report, Path(hydra_config.runtime.output_dir))
+        return None
+    except (OptpipeError, OSError) as error:
+        log.exception("the run failed")
+        if command.is_sweep:
+            raise
+        outcome["code"] = _say_error(error)
+    except KeyboardInterrupt:
+        if command.is_sweep:
+            raise
+        from optpipe.progress import console
+
+        console.print("Interrupted; what was finished is in", hydra_config.runtime.output_dir, markup=False)
+        outcome["code"] = EXIT_INTERRUPTED
+    return None
+
+
+_first_job = True
+
+
+def _started() -> float:
+    """When this run began: the first of a process with the process itself, imports included."""
+    global _first_job
+    first, _first_job = _first_job, False
+    return STARTED if first else time.perf_counter()
+
+
+def _show(report: Any, folder: Path) -> int:
+    """Print what came out; the exit code is 1 if the budget was broken and its policy is `stop`."""
+    from rich.console import Console
+
+    from optpipe.report import table
+
+    Console().print(table(report))
+    print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
+    for violation in report.budget.violations:
+        print(f"over budget: {violation}", file=sys.stderr)
+    return EXIT_PROBLEM if report.budget.violations and report.budget.policy == "stop" else 0
+
+
+def _say_error(error: BaseException) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return EXIT_PROBLEM
+
+
+def _check_writable(command: Any) -> None:
+    """Hydra makes the run's folder before anybody could catch what goes wrong."""
+    from optpipe.errors import RecipeError
+
+    folder = Path(command.output_root)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RecipeError([f"cannot write to '{folder}'; choose another folder with hydra.run.dir=…"], command.subject)
+
+
+if __name__ == "__main__":
+    main()

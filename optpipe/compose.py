@@ -1,0 +1,451 @@
+"""Everything about Hydra's composition: from command-line overrides to a checked Plan.
+
+Hydra stops at the first thing that is wrong. Here the overrides are then tried one by one, and what they compose to is
+checked as a whole, so that one RecipeError holds every problem.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from optpipe import registry, sources
+from optpipe.budget import Budget
+from optpipe.errors import RecipeError, did_you_mean
+from optpipe.measure.settings import Measure
+from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, chain_problems, forms_along
+from optpipe.runtimes import RUNTIMES
+from optpipe.target import Target
+from optpipe.tracking import Tracking
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(folder for folder in (_HERE / "conf", _HERE.parent / "conf") if (folder / "config.yaml").exists())
+
+SCHEMAS: dict[str, type] = {
+    "model": sources.Model,
+    "data": sources.Data,
+    "target": Target,
+    "budget": Budget,
+    "measure": Measure,
+    "tracking": Tracking,
+}
+SETTINGS = {"pipeline", "seed", "device", "plugins", "dry_run"}
+FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
+FLAGS_WITH_VALUE |= {"--experimental-rerun"}
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Command:
+    """A command line, taken apart."""
+
+    flags: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    config_dir: Path | None = None
+
+    @property
+    def recipe(self) -> str:
+        return next((o.split("=", 1)[1] for o in self.overrides if re.match(r"\+?recipe=", o)), "")
+
+    @property
+    def subject(self) -> str:
+        return f"+recipe={self.recipe}" if self.recipe else "this run"
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it only asks Hydra for help or information."""
+        asked = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc")
+        return any(flag.split("=")[0] in asked for flag in self.flags)
+
+    @property
+    def is_sweep(self) -> bool:
+        return "--multirun" in self.flags or "-m" in self.flags
+
+    @property
+    def output_root(self) -> Path:
+        """The folder that the run's own folder will lie in, as far as it can be known before the run."""
+        key = "hydra.sweep.dir=" if self.is_sweep else "hydra.run.dir="
+        given = next((o.split("=", 1)[1] for o in self.overrides if o.startswith(key)), "outputs")
+        return Path(given.split("${")[0])
+
+    def argv(self) -> list[str]:
+        """Overrides first: Hydra does not parse those that follow a flag with a value."""
+        return [*self.overrides, *self.flags]
+
+
+def read(argv: Sequence[str]) -> Command:
+    """Take a command line apart, whatever the order of flags and overrides."""
+    command, rest = Command(), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            command.overrides.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        command.flags.append(word)
+        if name in FLAGS_WITH_VALUE and not equals and rest:
+            value = rest.pop(0)
+            command.flags.append(value)
+        if name in ("--config-dir", "-cd"):
+            command.config_dir = Path(value)
+    return command
+
+
+def prepare(command: Command) -> None:
+    """Register schemas, optpipe's stages and the user's plug-ins. Raises RecipeError for one that cannot be imported."""
+    for name, schema in SCHEMAS.items():
+        registry.store_schema(name, schema)
+    registry.load_stages()
+    if str(Path.cwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
+    problems = []
+    if command.config_dir and not command.config_dir.is_dir():
+        problems.append(f"--config-dir is '{command.config_dir}', which is not a folder")
+    problems += registry.load_plugins(_plugins(command))
+    problems += _shadowed_recipes(command)
+    if problems:
+        raise RecipeError(problems, command.subject)
+
+
+def _plugins(command: Command) -> list[str]:
+    """The modules named by `plugins=[…]` on the command line and by plugins.yaml in the --config-dir folder."""
+    named: list[str] = []
+    file = command.config_dir / "plugins.yaml" if command.config_dir else None
+    if file and file.exists():
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+        listed = loaded.get("plugins") if isinstance(loaded, dict) else loaded
+        if not isinstance(listed, list):
+            raise RecipeError([f"{file} must hold a list, `plugins: [my_package.my_stage]`"], command.subject)
+        named += map(str, listed)
+    for override in command.overrides:
+        key, equals, value = override.lstrip("+").partition("=")
+        if key == "plugins" and equals:
+            named += [name.strip(" '\"") for name in value.strip("[] ").split(",") if name.strip()]
+    return named
+
+
+def _shadowed_recipes(command: Command) -> list[str]:
+    """Hydra silently takes its own file where the user's has the same name."""
+    if not command.config_dir:
+        return []
+    return [
+        f"{path} has the name of a built-in recipe, which Hydra would take instead; rename it"
+        for path in sorted((command.config_dir / "recipe").glob("*.yaml"))
+        if path.stem in builtin_recipes()
+    ]
+
+
+def builtin_recipes() -> list[str]:
+    return sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+
+
+def recipes(config_dir: Path | None) -> list[str]:
+    """Every recipe that +recipe= can name."""
+    own = [path.stem for path in (config_dir / "recipe").glob("*.yaml")] if config_dir else []
+    return sorted({*builtin_recipes(), *own})
+
+
+def check(command: Command) -> None:
+    """Compose and check what `command` asks for, every value of a sweep included. Raises RecipeError."""
+    problems: list[str] = []
+    if not command.recipe and not any(re.match(r"\+?pipeline=", override) for override in command.overrides):
+        listed = "\n      ".join(f"+recipe={name}" for name in recipes(command.config_dir))
+        problems.append(f"no recipe is given; add one of\n      {listed}\n    or your own pipeline=[…]")
+    for combination in _sweep_combinations(command.overrides) if command.is_sweep else [command.overrides]:
+        try:
+            config = composed(combination, command)
+            plan(config, recipe=command.recipe, overrides=combination, subject=command.subject)
+        except RecipeError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise RecipeError(problems, command.subject)
+
+
+def composed(overrides: Sequence[str], command: Command) -> DictConfig:
+    """Compose `overrides`. Raises RecipeError with a problem for each that Hydra refuses."""
+    with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name="optpipe"):
+        extra = [f"hydra.searchpath=[file://{command.config_dir.resolve()}]"] if command.config_dir else []
+        try:
+            return compose("config", overrides=[*extra, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            problems = _one_by_one(extra, overrides, command) or [_explain("", error, command)]
+            raise RecipeError(problems, command.subject) from error
+
+
+def _one_by_one(extra: list[str], overrides: Sequence[str], command: Command) -> list[str]:
+    """Add the overrides one after the other, groups before values, and explain those that are refused."""
+    accepted, problems, refused_keys = list(extra), [], set()
+    for override in sorted(overrides, key=lambda text: _sort_key(text)):
+        top = re.split(r"[.=@]", override.lstrip("+~"))[0]
+        try:
+            compose("config", overrides=[*accepted, override])
+            accepted.append(override)
+        except (HydraException, OmegaConfBaseException) as error:
+            package = re.match(r"\+?[\w/]+@(\w+)", override)
+            if top not in refused_keys:
+                problems.append(_explain(override, error, command))
+            refused_keys.add(package.group(1) if package else top)
+    return problems
+
+
+def _sort_key(override: str) -> int:
+    """Recipe first, then group choices, then single settings."""
+    key = override.lstrip("+~").split("=")[0]
+    return 0 if key == "recipe" else 2 if "." in key else 1
+
+
+def _explain(override: str, error: Exception, command: Command) -> str:
+    """What is wrong with `override`, in words that name the remedy."""
+    text = str(error)
+    cause = error.__cause__ or error
+    value = override.partition("=")[2]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        known = recipes(command.config_dir) if group == "recipe" else [o.removesuffix(".yaml") for o in error.options or []]
+        hint = did_you_mean(option, known) or ";"
+        return f"there is no {group or 'config'} '{option}'{hint} there are {', '.join(known)}"
+    if found := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)", f"{text} {cause}"):
+        return _unknown_key(override, found.group(1), found.group(2), command)
+    if "No match in the defaults list" in text or "Could not find match" in text:
+        key = override.split("=")[0]
+        known = sorted({*SCHEMAS, *registry.families()})
+        return f"'{override}': there is no '{key}' to choose{did_you_mean(key.lstrip('+'), known)}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    reason = "; ".join(line for line in lines[:1])
+    return f"'{override}': {reason}" if override else f"{reason} ({value})" if value else reason
+
+
+def _unknown_key(override: str, key: str, owner: str | None, command: Command) -> str:
+    path = override.lstrip("+").split("=")[0]
+    parent = path.rpartition(".")[0]
+    if not parent:
+        known = sorted({*SCHEMAS, *registry.families(), *SETTINGS})
+        return f"'{override}': there is no setting '{key}'{did_you_mean(key, known)}"
+    config = compose("config", overrides=[f"+recipe={command.recipe}"] if command.recipe in recipes(None) else [])
+    node = OmegaConf.select(config, parent)
+    fields = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    kind = f"{parent} ({owner})" if owner else parent
+    hint = did_you_mean(key, fields) or (f"; it has {', '.join(fields)}" if fields else "")
+    return f"'{override}': {kind} has no setting '{key}'{hint}"
+
+
+def _sweep_combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The first value of every swept override together, then each of the others beside the first of the rest."""
+    parsed = [(text, _parsed(text)) for text in overrides]
+    choices = [[text] if override is None else _values(override) for text, override in parsed]
+    first = [values[0] for values in choices]
+    yield first
+    for i, values in enumerate(choices):
+        for value in values[1:]:
+            yield [*first[:i], value, *first[i + 1 :]]
+
+
+def _parsed(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException:
+        return None  # composing it says what is wrong
+
+
+def _values(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    key = (override.input_line or "").split("=")[0]
+    try:
+        return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    except HydraException:
+        return [f"{key}={override.value()}"]  # an interval has no list of values
+
+
+@contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Compose although another Hydra application may be running; leave its global state as it was."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: str) -> Plan:
+    """The checked Plan of a composed configuration. Raises RecipeError with every problem that it has."""
+    problems = _unknown_nodes(config)
+    settings = {name: _typed(schema, config.get(name), name, problems) for name, schema in SCHEMAS.items()}
+    seed = _scalar(config, "seed", int, problems)
+    device = _device(str(config.get("device")), problems)
+    entries = _entries(config, problems)
+    if not problems:
+        problems += chain_problems(entries)
+    if not problems and entries:
+        problems += _target_problems(entries, settings["target"])
+    if settings["model"] and settings["data"]:
+        problems += sources.problems(settings["model"], settings["data"])
+    if problems:
+        raise RecipeError(problems, subject)
+    return Plan(
+        recipe=recipe,
+        overrides=list(overrides),
+        entries=tuple(entries),
+        target=settings["target"],
+        budget=settings["budget"],
+        measure=settings["measure"],
+        tracking=settings["tracking"],
+        model=settings["model"],
+        data=settings["data"],
+        seed=seed,
+        device=device,
+        config=_used(config, entries, recipe),
+    )
+
+
+def _typed(schema: type, node: Any, name: str, problems: list[str]) -> Any:
+    """`node` as an instance of its dataclass, or None and a problem."""
+    try:
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except ValueError as error:
+        problems.append(f"{name}: {_first_line(error)}")
+    except OmegaConfBaseException as error:
+        problems.append(f"{name}: {_first_line(error)}")
+    else:
+        return value
+    return None
+
+
+def _scalar(config: DictConfig, name: str, kind: type[T], problems: list[str]) -> T:
+    value = config.get(name)
+    if type(value) is not kind:
+        problems.append(f"{name} is {value!r}; it must be of type {kind.__name__}")
+        return kind()
+    return value
+
+
+def _device(device: str, problems: list[str]) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        problems.append(f"device is '{device}'; it must be auto, cpu, cuda or cuda:<number>")
+    return device
+
+
+def _unknown_nodes(config: DictConfig) -> list[str]:
+    """Top-level keys that are neither a setting nor a stage: `+prune_more=channels` would store a string."""
+    problems = []
+    for key in map(str, config):
+        node = OmegaConf.get_type(config, key)
+        if key in SCHEMAS or key in SETTINGS or registry.info_of(node) if isinstance(node, type) else key in SETTINGS:
+            continue
+        value = config.get(key)
+        family = next((family for family in registry.families() if key.startswith(family)), None)
+        if isinstance(value, str) and family:
+            problems.append(f"'{key}={value}' only stores a word; did you mean '+{family}@{key}={value}'?")
+        elif key != "recipe":
+            known = sorted({*SCHEMAS, *SETTINGS, *registry.families()})
+            problems.append(f"there is no setting '{key}'{did_you_mean(key, known)}")
+    return problems
+
+
+def _entries(config: DictConfig, problems: list[str]) -> list[Entry]:
+    """The pipeline's steps and choices."""
+    listed = config.get("pipeline")
+    if not OmegaConf.is_list(listed):
+        problems.append(f"pipeline is {listed!r}; it must be a list of stage keys, for example [quantize, trace, export]")
+        return []
+    if not listed:
+        problems.append("pipeline is empty; it must list at least one stage key")
+    steps = _Steps(config, problems)
+    plain = OmegaConf.to_container(listed)
+    assert isinstance(plain, list)
+    entries = [steps.entry(item) for item in plain]
+    repeated = sorted({key for key in steps.used if steps.used.count(key) > 1})
+    problems += [f"pipeline names '{key}' twice; a family runs twice as +{key}@{key}_again=…" for key in repeated]
+    return [entry for entry in entries if entry is not None]
+
+
+class _Steps:
+    """Turns the items of `pipeline` into entries, collecting problems."""
+
+    def __init__(self, config: DictConfig, problems: list[str]) -> None:
+        self.config, self.problems = config, problems
+        self.used: list[str] = []
+
+    def entry(self, item: Any) -> Entry | None:
+        if isinstance(item, str):
+            self.used.append(item)
+            return self.step(item)
+        if isinstance(item, dict) and len(item) == 1:
+            how, branches = next(iter(item.items()))
+            if how in ("first_of", "best_of") and isinstance(branches, list) and len(branches) > 1:
+                return self.choice(how, branches)
+        self.problems.append(
+            f"pipeline holds {item!r}; an entry is a stage key, {{first_of: [a, b]}} or {{best_of: [a, b]}}"
+        )
+        return None
+
+    def choice(self, how: Any, branches: list[Any]) -> Choice | None:
+        keys = [branch if isinstance(branch, list) else [branch] for branch in branches]
+        built = [[self.step(key) for key in branch] for branch in keys]
+        if any(step is None for branch in built for step in branch) or not all(built):
+            return None
+        return Choice(how, tuple(tuple(step for step in branch if step) for branch in built))
+
+    def step(self, key: Any) -> Step | None:
+        kind = OmegaConf.get_type(self.config, key) if isinstance(key, str) and key in self.config else None
+        info = registry.info_of(kind) if isinstance(kind, type) else None
+        if info is None:
+            known = [str(k) for k in self.config if registry.info_of(OmegaConf.get_type(self.config, str(k)) or object)]
+            hint = did_you_mean(str(key), known) or f"; there are {', '.join(known)}"
+            self.problems.append(f"pipeline names '{key}', which has no settings{hint}")
+            return None
+        try:
+            stage: Any = OmegaConf.to_object(self.config[key])
+        except (ValueError, OmegaConfBaseException) as error:
+            self.problems.append(f"{key}: {_first_line(error)}")
+            return None
+        if missing := info.missing():
+            remedy = f'pip install "{info.extra}"' if info.extra else f"pip install {' '.join(missing)}"
+            self.problems.append(f"stage '{info.name}' needs {', '.join(missing)}, not installed here; {remedy}")
+            return None
+        return Step(key, stage, info)
+
+
+def _target_problems(entries: Sequence[Entry], target: Target) -> list[str]:
+    if target.runtime not in RUNTIMES:
+        hint = did_you_mean(target.runtime, RUNTIMES)
+        return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
+    if target.device != "cpu":
+        return [f"target.device is '{target.device}'; the runtimes installed here run on cpu"]
+    after = forms_along(entries)[-1][2]
+    takes = {"torch": "torch", "onnxruntime": "onnx"}[target.runtime]
+    if after == "onnx" and takes != "onnx":
+        return [f"the pipeline ends with {SPOKEN[after]}, which target.runtime={target.runtime} does not run"]
+    return []
+
+
+def _used(config: DictConfig, entries: Sequence[Entry], recipe: str) -> dict[str, Any]:
+    """The resolved configuration without the families that the pipeline does not use."""
+    keys = {
+        step.key
+        for entry in entries
+        for step in ([entry] if isinstance(entry, Step) else [s for branch in entry.branches for s in branch])
+    }
+    kept = {*SCHEMAS, *SETTINGS, *keys}
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    return {"recipe": recipe, **{str(key): value for key, value in plain.items() if key in kept}}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

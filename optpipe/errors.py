@@ -1,0 +1,37 @@
+"""What can go wrong.
+
+OptpipeError
+├── RecipeError    the recipe or its settings are wrong; no work was started
+└── StageError     a stage cannot do to this model what it was asked to do
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class OptpipeError(Exception):
+    """Base of every error that a user can mend. Its text says what was asked, what was found and what to do."""
+
+    def __str__(self) -> str:
+        return "\n  ".join([super().__str__(), *getattr(self, "__notes__", [])])
+
+
+class RecipeError(OptpipeError):
+    """The recipe or its settings are wrong. Carries every problem that was found, not only the first."""
+
+    def __init__(self, problems: Sequence[str], subject: str = "this run") -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n  - ".join([f"{subject} cannot run, {count}:", *self.problems]))
+
+
+class StageError(OptpipeError):
+    """A stage cannot do to this model what it was asked to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'quantize'?` if something known is close to `word`, else an empty string."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

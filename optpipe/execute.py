@@ -1,0 +1,57 @@
+"""From a checked Plan to a finished run: build the task and the model, then hand them to the pipeline."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optpipe import sources, tracking
+from optpipe.plan import Plan, Step, forms_along
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from optpipe.report import Report
+    from optpipe.task import Task
+
+
+def execute(plan: Plan, folder: Path, started: float, model: nn.Module | None = None, task: Task | None = None) -> Report:
+    """Run `plan` in `folder`. A model or task that is given replaces the one that the plan names.
+
+    started: time.perf_counter() when this run began.
+    Raises RecipeError before anything is recorded, StageError afterwards.
+    """
+    from optpipe import pipeline, preflight
+
+    task = sources.build_task(plan.data, plan.subject) if task is None else task
+    model = sources.build_model(plan.model, plan.subject) if model is None else model
+    preflight.check(model, task, plan.subject)
+    plan = replace(plan, device=_resolved(plan.device))
+    return pipeline.run(plan, model, task, folder, tracking.tracker(plan.tracking, Path.cwd()), started)
+
+
+def _resolved(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def describe(plan: Plan) -> str:
+    """The plan in lines of text, for dry_run=true."""
+    lines = [f"{plan.subject}: {len(plan.entries)} steps for {plan.target.runtime}, {plan.target.threads} thread(s)"]
+    for number, (entry, before, after) in enumerate(forms_along(plan.entries), 1):
+        name = f"{entry.key} ({entry.info.name})" if isinstance(entry, Step) else entry.key
+        lines.append(f"  {number}. {name:<40} {before} -> {after}")
+    limits = ", ".join(f"{name} ≤ {limit:g}" for name, limit in plan.budget.limits().items())
+    lines.append(f"  budget: {limits or 'no limits'}; model: {plan.model.factory}; data: {plan.data.factory}")
+    lines.append("  nothing was run (dry_run=true)")
+    return "\n".join(lines)
+
+
+def now() -> float:
+    """The clock that `started` is read from."""
+    return time.perf_counter()

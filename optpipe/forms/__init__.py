@@ -1,0 +1,53 @@
+"""What a model can be between two stages. One file per form, each with the same names.
+
+    NAME                    the form's name in `takes=` and `gives=`
+    matches(model)          whether an object is of this form
+    save(model, folder)     write it; `load(folder)` gives it back
+    size_bytes(folder)      bytes of the file that would be shipped
+    as_callable(model)      what evaluates it: torch tensors in, torch tensors out
+    content_hash(model)     sha256 of graph and tensors, never of file bytes: some formats differ on every save
+
+A new form is one new file here and its name in FORMS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+FORMS = ("torch", "program", "onnx")
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A model in a file of its own, for a runtime outside Python."""
+
+    path: Path
+    format: str  # "onnx"
+
+
+class Form(Protocol):
+    """The functions that each module of this package has."""
+
+    NAME: str
+
+    def matches(self, model: Any) -> bool: ...
+    def save(self, model: Any, folder: Path) -> None: ...
+    def load(self, folder: Path) -> Any: ...
+    def size_bytes(self, folder: Path) -> int: ...
+    def as_callable(self, model: Any) -> Callable[..., Any]: ...
+    def content_hash(self, model: Any) -> str: ...
+
+
+def form(name: str) -> Form:
+    """The form called `name`."""
+    module: Any = importlib.import_module(f"optpipe.forms.{name}")
+    return module  # type: ignore[no-any-return]
+
+
+def form_of(model: Any) -> Form | None:
+    """The form of `model`, or None if it has none of FORMS."""
+    return next((candidate for candidate in map(form, FORMS) if candidate.matches(model)), None)

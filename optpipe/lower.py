@@ -1,0 +1,136 @@
+"""The two steps that take a model out of Python: torch.export, and from there an ONNX file.
+
+The stages `trace` and `export` take them for good; the pipeline takes them for previews, so that the figures of all
+steps are those of a file that the target could run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from optpipe.errors import StageError
+from optpipe.forms import ExportedFile
+from optpipe.progress import quiet
+from optpipe.task import Task, arguments, batch_of
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+MAX_BATCH = 65536
+OPSET = 20
+
+
+def trace(model: nn.Module, task: Task) -> ExportedProgram:
+    """`model` as an ExportedProgram whose batch size is free from 1 to MAX_BATCH.
+
+    Raises StageError with torch.export's reason if the model cannot be captured as one graph.
+    """
+    example = batch_of(task.example_inputs, 2)  # a batch of one would be specialised away
+    args, kwargs = arguments(example)
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    positions = tuple({0: batch} if tensor.dim() else {} for tensor in args)
+    names = {name: {0: batch} if tensor.dim() else {} for name, tensor in kwargs.items()}
+    if not isinstance(model, fx.GraphModule):  # which is fixed in one mode
+        model = model.eval()
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=names or positions)
+    except Exception as error:  # torch.export raises dozens of types for what a model may not do
+        raise StageError(f"torch.export cannot capture this model as a graph: {_first_line(error)}") from error
+
+
+def to_onnx(
+    program: ExportedProgram,
+    path: Path,
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    opset: int = OPSET,
+    rewrite: bool = True,
+) -> ExportedFile:
+    """Write `program` to `path` as ONNX, checked, with nothing in it but the model: equal programs give equal bytes.
+
+    rewrite: whether to use the operators that runtimes have int8 kernels for where torch's exporter does not.
+    Raises StageError if an operator has no ONNX form or the file does not pass ONNX's checker.
+    """
+    import onnx
+
+    try:
+        with quiet("torch.onnx._internal.exporter._registration"):  # it warns that there is no torchvision
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter's own errors share no base class
+        raise StageError(f"torch.onnx cannot export this program: {_first_line(error)}") from error
+    assert exported is not None
+    if rewrite:
+        _use_global_pooling(exported.model)
+    _name_batch_dimension(exported.model)
+    proto = exported.model_proto
+    _strip(proto)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise StageError(f"the exported graph is not valid ONNX: {_first_line(error)}") from error
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+    return ExportedFile(path, "onnx")
+
+
+def _use_global_pooling(model: onnx_ir.Model) -> None:
+    """ReduceMean over all spatial axes becomes GlobalAveragePool.
+
+    The exporter writes the former for adaptive pooling to 1×1; ONNX Runtime has an int8 kernel for the latter only.
+    """
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        if node.op_type != "ReduceMean" or len(node.inputs) != 2 or not node.inputs[0] or not node.inputs[1]:
+            continue
+        shape, axes = node.inputs[0].shape, ir.convenience.get_const_tensor(node.inputs[1])
+        if shape is None or axes is None or len(shape) < 3:
+            continue
+        rank = len(shape)
+        if {int(axis) % rank for axis in axes.numpy().flatten()} != set(range(2, rank)):
+            continue
+        pooled = ir.node("GlobalAveragePool", inputs=[node.inputs[0]])
+        new = [pooled]
+        keepdims = node.attributes.get("keepdims")
+        if keepdims is not None and keepdims.as_int() == 0:
+            new.append(ir.node("Flatten", inputs=[pooled.outputs[0]], attributes={"axis": 1}))
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, new[-1].outputs)
+
+
+def _name_batch_dimension(model: onnx_ir.Model) -> None:
+    """The free first dimension of every input and output is called "batch"; torch names it by a running number."""
+    import onnx_ir as ir
+
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape(["batch", *value.shape[1:]])
+
+
+def _strip(proto: Any) -> None:
+    """Remove names, source paths and stack traces that only debuggers read: most of a small model's file."""
+    for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
+        holder.ClearField("metadata_props")
+        holder.ClearField("doc_string")
+    for initializer in proto.graph.initializer:
+        initializer.ClearField("metadata_props")
+        initializer.ClearField("doc_string")
+    proto.graph.ClearField("value_info")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

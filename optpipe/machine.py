@@ -1,0 +1,143 @@
+"""This machine: what it is, and who may use it while something is being timed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from optpipe.progress import say
+
+# The vector extensions that decide how fast integer and half precision arithmetic is, as Linux names them.
+INSTRUCTION_SETS = (
+    "sse4_2", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
+    "avx_vnni_int8", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
+)  # fmt: skip
+REPORTED_PACKAGES = ("optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+@cache
+def cpu() -> tuple[str, frozenset[str]]:
+    """The processor's name and those of INSTRUCTION_SETS that it has."""
+    if platform.system() == "Darwin":
+        brand = _output("sysctl", "-n", "machdep.cpu.brand_string")
+        found = {"asimd", "asimddp"} if platform.machine() == "arm64" else set()
+        return brand or platform.processor(), frozenset(found)
+    name, flags = platform.processor() or platform.machine(), ""
+    if (info := Path("/proc/cpuinfo")).exists():
+        for line in info.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            if key.strip() in ("flags", "Features"):
+                flags = value
+                break
+    return name, frozenset(flags.split()) & frozenset(INSTRUCTION_SETS)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, Any]:
+    """What a figure of this machine depends on, for the report."""
+    name, isa = cpu()
+    return {
+        "cpu": name,
+        "isa": [extension for extension in INSTRUCTION_SETS if extension in isa],
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "git": _output("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    versions = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _output(*command: str) -> str:
+    """What `command` prints, or an empty string where it does not exist or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def user_cache() -> Path:
+    """The user's own cache folder for optpipe, readable by nobody else."""
+    from platformdirs import user_cache_dir
+
+    folder = Path(user_cache_dir("optpipe"))
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+class MachineLock:
+    """One machine, one clock: any number of optpipe processes may work at once, or a single one may time something."""
+
+    def __init__(self, path: Path) -> None:
+        from filelock import ReadWriteLock
+
+        self._lock = ReadWriteLock(path)
+        self._working = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Hold the machine, among others, for work (training, exporting) that would disturb a timing."""
+        if self._working:
+            yield
+            return
+        self._acquire(self._lock.acquire_read, "waiting for another optpipe process that is timing a model")
+        self._working = True
+        try:
+            yield
+        finally:
+            self._working = False
+            self._lock.release()
+
+    @contextmanager
+    def timing(self) -> Iterator[None]:
+        """Hold the machine alone. A hold for work is given up meanwhile and taken again afterwards."""
+        worked, self._working = self._working, False
+        if worked:
+            self._lock.release()
+        try:
+            self._acquire(self._lock.acquire_write, "waiting for other optpipe processes to pause before timing")
+            try:
+                yield
+            finally:
+                self._lock.release()
+        finally:
+            if worked:
+                self._lock.acquire_read()
+            self._working = worked
+
+    def _acquire(self, acquire: Callable[..., Any], message: str) -> None:
+        from filelock import Timeout
+
+        try:
+            acquire(timeout=1)
+        except Timeout:
+            say(f"{message} …")
+            acquire()
+
+
+@cache
+def machine_lock() -> MachineLock:
+    """The lock that all optpipe processes of this user share."""
+    return MachineLock(user_cache() / "machine.lock.db")

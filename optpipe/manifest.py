@@ -1,0 +1,98 @@
+"""The deployable model of a run, model/ with its manifest.json, and `load`, which calls it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optpipe.errors import OptpipeError
+from optpipe.forms import form
+from optpipe.machine import package_versions
+from optpipe.runtimes import Runner, runtime
+
+if TYPE_CHECKING:
+    from optpipe.target import Target
+    from optpipe.task import Task
+
+FOLDER = "model"
+FILE = "manifest.json"
+
+
+def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: Task) -> Path:
+    """Write the model that came out of a run, and what one must know to call it, to `run_folder`/model."""
+    folder = run_folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    form(form_name).save(model, folder)
+    files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.name != FILE}
+    manifest = {
+        "schema": 1,
+        "form": form_name,
+        "files": files,
+        "runtime": target.runtime if runtime(target.runtime).TAKES == form_name else form_name,
+        **_signature(folder, form_name, task),
+        "target": {
+            "runtime": target.runtime,
+            "device": target.device,
+            "threads": target.threads,
+            "instruction_set": target.int8_instructions().value,
+        },
+        "versions": package_versions(),
+        "load": "optpipe.load(RUN_FOLDER)(array)",
+    }
+    (folder / FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    return folder
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+
+
+def _signature(folder: Path, form_name: str, task: Task) -> dict[str, Any]:
+    """Names, types and shapes of inputs and outputs."""
+    if form_name != "onnx":
+        return {"inputs": task.input_names or [], "outputs": task.output_names or []}
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+
+    def describe(value: Any) -> dict[str, Any]:
+        tensor = value.type.tensor_type
+        shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        return {"name": value.name, "dtype": dtype, "shape": shape}
+
+    return {"inputs": [*map(describe, graph.input)], "outputs": [*map(describe, graph.output)]}
+
+
+class DeployedModel:
+    """A deployed model as a callable: NumPy arrays in, by position or by name; one array or a list of them out."""
+
+    def __init__(self, manifest: dict[str, Any], runner: Runner) -> None:
+        self.manifest = manifest
+        self._runner = runner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self._runner(*args, **kwargs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> DeployedModel:
+    """The deployed model of the run in `run_folder`, ready to be called.
+
+    threads: of one call; by default those of the run's target.
+    Raises OptpipeError if the folder holds no finished run, or a file is not the one that the run wrote. A model that
+    was deployed as a torch module is unpickled: load only runs that you trust.
+    """
+    folder = Path(run_folder) / FOLDER
+    if not (folder / FILE).exists():
+        raise OptpipeError(f"{run_folder} holds no deployed model ({folder / FILE} is missing); name a finished run")
+    manifest = json.loads((folder / FILE).read_text())
+    for name, facts in manifest["files"].items():
+        if not (folder / name).exists() or _facts(folder / name) != facts:
+            raise OptpipeError(f"{folder / name} is missing or is not the file that the run wrote; run the recipe again")
+    model = form(manifest["form"]).load(folder)
+    name = manifest["runtime"]
+    return DeployedModel(manifest, runtime(name).runner(model, threads or manifest["target"]["threads"]))

@@ -1,0 +1,1 @@
+"""Measuring: latency in isolated, paired workers; quality with intervals."""

@@ -1,0 +1,78 @@
+"""The same run from Python, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optpipe.errors import OptpipeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from optpipe.manifest import DeployedModel
+    from optpipe.report import Latency, Report
+    from optpipe.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What `optimize` found out. Reductions compare the final model with the model that was given."""
+
+    folder: Path
+    report: Report
+    model: DeployedModel  # NumPy arrays in and out
+    size_reduction: float  # bytes of the given weights / bytes of the deployed file
+    latency: Latency  # at batch 1 on the target, with `speedup` against the given model
+    quality_delta: float  # a point is 0.01
+
+
+def optimize(
+    model: nn.Module | None = None,
+    task: Task | None = None,
+    *,
+    recipe: str = "edge_int8",
+    overrides: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+    output: str | Path | None = None,
+) -> Result:
+    """Run `recipe` on `model` and `task`, as `python -m optpipe +recipe=…` does, and return what came out.
+
+    model, task: by default those that the configuration names. The model given is not changed.
+    overrides: as on the command line, for example ["prune.ratio=0.3", "measure=quick"].
+    output: the run's folder; by default one under outputs/runs.
+    Raises RecipeError before any work, StageError for the stage that failed.
+    """
+    import copy
+    import time
+
+    from optpipe import compose, execute
+    from optpipe.manifest import load
+    from optpipe.report import Measurement, NotMeasured
+
+    started = time.perf_counter()
+    command = compose.Command(
+        overrides=[f"+recipe={recipe}", *overrides], config_dir=Path(config_dir) if config_dir else None
+    )
+    compose.prepare(command)
+    config = compose.composed(command.overrides, command)
+    plan = compose.plan(config, recipe=recipe, overrides=command.overrides, subject=command.subject)
+    folder = Path(output or f"outputs/runs/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = execute.execute(plan, folder, started, copy.deepcopy(model), task)
+    baseline, final = report.baseline, report.final
+    assert isinstance(baseline, Measurement) and not isinstance(final, NotMeasured)
+    latency = final.measurement.fastest()
+    if latency is None or isinstance(final.measurement.quality, NotMeasured):
+        raise OptpipeError(f"the final model could not be measured; {folder}/report.json says why")
+    return Result(
+        folder=folder,
+        report=report,
+        model=load(folder),
+        size_reduction=baseline.size_bytes / final.measurement.size_bytes,  # type: ignore[operator]
+        latency=latency,
+        quality_delta=final.measurement.quality.delta,
+    )

@@ -1,0 +1,75 @@
+"""Parity: does a model still compute the same after its form has changed?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from optpipe.errors import StageError
+from optpipe.task import Task, batch_of, call, tensors_in
+
+BATCH_SIZES = (1, 2, 5)
+
+# Largest difference of an output, as a share of the largest output. An int8 engine rounds where the fake-quantised
+# model does not, and each rounding moves a value by up to one step, 1/255 of its range.
+TOLERANCE = {"float32": 1e-3, "int8": 0.1}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models were apart on real samples."""
+
+    max_error: float  # largest difference of an output, as a share of the largest output
+    label_flips: int  # samples whose largest output changed place
+    n: int  # samples compared
+
+    def note(self) -> str:
+        return f"parity: largest difference {self.max_error:.2g} of the range, {self.label_flips} of {self.n} labels flip"
+
+
+def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, int8: bool) -> Parity:
+    """Compare two models on a batch of one, a few more, and a whole batch of validation samples.
+
+    Raises StageError if an output is further off than TOLERANCE allows, or has another shape.
+    """
+    inputs, _ = next(iter(task.validation))
+    batches = [batch_of(inputs, size) for size in BATCH_SIZES] + [inputs]
+    worst, flips, count = 0.0, 0, 0
+    for batch in batches:
+        with torch.no_grad():
+            expected, found = tensors_in(call(before, batch)), tensors_in(call(after, batch))
+        if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
+            raise StageError(
+                f"the outputs had shapes {[tuple(t.shape) for t in expected]} before this step "
+                f"and {[tuple(t.shape) for t in found]} after it"
+            )
+        worst = max(worst, *(_difference(a, b) for a, b in zip(expected, found, strict=True)))
+        flips += _flips(expected[0], found[0])
+        count += len(expected[0])
+    tolerance = TOLERANCE["int8" if int8 else "float32"]
+    if worst > tolerance:
+        raise StageError(
+            f"the outputs changed by {worst:.2g} of their range, more than the {tolerance:g} that "
+            f"{'int8' if int8 else 'float32'} allows; {flips} of {count} labels flip"
+        )
+    return Parity(worst, flips, count)
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    scale = expected.abs().max().clamp(min=1e-6)
+    return float((expected - found).abs().max() / scale)
+
+
+def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
+    if expected.dim() < 2 or expected.shape[-1] < 2:
+        return 0
+    return int((expected.argmax(dim=-1) != found.argmax(dim=-1)).sum())
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether a torch module or exported program holds quantise operators."""
+    graph = getattr(model, "graph", None)
+    return graph is not None and any("quantize" in str(node.target) for node in getattr(graph, "nodes", ()))

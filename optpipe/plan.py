@@ -1,0 +1,107 @@
+"""Plan: a composed and checked recipe. Everything that a run needs, without Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optpipe.budget import Budget
+from optpipe.measure.settings import Measure
+from optpipe.registry import Stage, StageInfo
+from optpipe.sources import Data, Model
+from optpipe.target import Target
+from optpipe.tracking import Tracking
+
+SPOKEN = {"torch": "a torch module", "program": "an exported program", "onnx": "an ONNX file"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage with its settings."""
+
+    key: str
+    stage: Stage
+    info: StageInfo
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Alternatives for one place in the pipeline; each branch is a list of steps."""
+
+    how: Literal["first_of", "best_of"]
+    branches: tuple[tuple[Step, ...], ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.how}_" + "_".join("+".join(step.key for step in branch) for branch in self.branches)
+
+
+Entry = Step | Choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to do, to what, and how to measure it."""
+
+    recipe: str
+    overrides: list[str]
+    entries: tuple[Entry, ...]
+    target: Target
+    budget: Budget
+    measure: Measure
+    tracking: Tracking
+    model: Model
+    data: Data
+    seed: int
+    device: str
+    config: dict[str, Any]  # the resolved configuration, for the record only
+
+    @property
+    def subject(self) -> str:
+        return f"+recipe={self.recipe}" if self.recipe else "this pipeline"
+
+
+def chain_problems(entries: Sequence[Entry], form: str = "torch") -> list[str]:
+    """What is wrong with the order of `entries`, given the form of the model that comes in."""
+    problems: list[str] = []
+    before = "the model"
+    for entry in entries:
+        if isinstance(entry, Step):
+            form = _after(entry, form, before, problems)
+            before = f"step '{entry.key}' before it"
+            continue
+        forms = {_after_branch(branch, form, before, problems) for branch in entry.branches}
+        if len(forms) > 1:
+            spoken = " or ".join(SPOKEN.get(name, name) for name in sorted(forms))
+            problems.append(f"{entry.how} gives {spoken}, depending on the branch; every branch must give the same")
+        form, before = sorted(forms)[0], f"{entry.how} before it"
+    return problems
+
+
+def _after_branch(branch: Sequence[Step], form: str, before: str, problems: list[str]) -> str:
+    for step in branch:
+        form = _after(step, form, before, problems)
+        before = f"step '{step.key}' before it"
+    return form
+
+
+def _after(step: Step, form: str, before: str, problems: list[str]) -> str:
+    """The form after `step`; a problem is added if it cannot take what it is given."""
+    if form not in step.info.takes:
+        taken = " or ".join(SPOKEN.get(name, name) for name in step.info.takes)
+        remedy = f"; move '{step.key}' before it" if before.startswith("step") else ""
+        problems.append(f"step '{step.key}' takes {taken}, but {before} gives {SPOKEN.get(form, form)}{remedy}")
+    return form if step.info.gives == "same" else step.info.gives
+
+
+def forms_along(entries: Sequence[Entry], form: str = "torch") -> list[tuple[Entry, str, str]]:
+    """Each entry with the form before and after it, for a chain without problems."""
+    along = []
+    for entry in entries:
+        after = form
+        for step in (entry,) if isinstance(entry, Step) else entry.branches[0]:
+            after = after if step.info.gives == "same" else step.info.gives
+        along.append((entry, form, after))
+        form = after
+    return along

@@ -1,0 +1,53 @@
+"""What a person sees while a run works: a line per event, and a bar for long loops. Written to standard error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+log = logging.getLogger("optpipe")
+
+T = TypeVar("T")
+
+
+def say(message: str) -> None:
+    """One line for the person who waits, and for the log."""
+    console.print(message, markup=False)
+    log.info(message)
+
+
+def track(steps: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """`steps`, with a progress bar while they are consumed."""
+    with _bar() as bar:
+        yield from bar.track(steps, total=total, description=description)
+
+
+@contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """Without the warnings of a library's logger that say nothing about the run."""
+    chosen = logging.getLogger(logger)
+    level = chosen.level
+    chosen.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        chosen.setLevel(level)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

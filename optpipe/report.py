@@ -1,0 +1,184 @@
+"""What a run found out: the schema of report.json, and the table for the console.
+
+Figures that could not be measured are a NotMeasured with the reason, never 0 and never missing. Keys may be added to
+the schema, not renamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from optpipe.measure.latency import Verdict
+
+SCHEMA = 1
+FILE = "report.json"
+RunStatus = Literal["ok", "failed", "over_budget"]
+StageStatus = Literal["ok", "unchanged", "rolled_back", "failed"]
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """Why there is no figure."""
+
+    not_measured: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """Quality on the test split, and its difference from the baseline's on the same samples (a point is 0.01)."""
+
+    metric: str
+    value: float
+    ci95: tuple[float, float]
+    n: int
+    delta: float
+    delta_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Time of one call, in one runtime, with one batch size and number of threads.
+
+    speedup: time of the baseline as it came in / this time.
+    speedup_same_runtime: time of the unoptimised baseline in the same runtime / this time.
+    """
+
+    runtime: str
+    batch_size: int
+    threads: int
+    p50_ms: float
+    p95_ms: float
+    std_ms: float
+    throughput: float  # samples per second
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    speedup_same_runtime: float | NotMeasured
+    speedup_same_runtime_ci95: tuple[float, float] | NotMeasured
+    verdict: Verdict
+    calls: int  # timed
+    preview: bool = False  # of a file exported only to be measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Size, quality, latency and memory of one model."""
+
+    size_bytes: int | NotMeasured
+    quality: Quality | NotMeasured
+    latency: list[Latency] | NotMeasured
+    peak_memory_bytes: int | NotMeasured
+
+    def fastest(self, batch_size: int = 1) -> Latency | None:
+        """The entry with the lowest median at this batch size."""
+        if isinstance(self.latency, NotMeasured):
+            return None
+        entries = [entry for entry in self.latency if entry.batch_size == batch_size]
+        return min(entries, key=lambda entry: entry.p50_ms, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One alternative that was tried for a step."""
+
+    method: str
+    ok: bool
+    reason: str
+
+
+@dataclass(kw_only=True)
+class StageResult:
+    """One step of the pipeline."""
+
+    key: str
+    stage: str
+    status: StageStatus
+    seconds: float
+    form: str
+    measurement: Measurement | NotMeasured
+    cached: bool = False
+    attempts: list[Attempt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """The model that came out."""
+
+    artifact: str
+    measurement: Measurement
+
+
+@dataclass(kw_only=True)
+class BudgetReport:
+    """The limits of the run and those that its result breaks."""
+
+    limits: dict[str, float]
+    policy: str
+    violations: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """report.json."""
+
+    recipe: str
+    overrides: list[str]
+    environment: dict[str, Any]
+    budget: BudgetReport
+    status: RunStatus = "failed"
+    schema: int = SCHEMA
+    mlflow_run_id: str = ""
+    seconds: float = 0.0
+    overhead_seconds: float = 0.0  # of `seconds`, what neither a stage nor measuring took
+    baseline: Measurement | NotMeasured = field(default_factory=lambda: NotMeasured("the run ended before"))
+    stages: list[StageResult] = field(default_factory=list)
+    final: Final | NotMeasured = field(default_factory=lambda: NotMeasured("the run ended before"))
+    error: str = ""
+
+    def write(self, folder: Path) -> Path:
+        """Write report.json into `folder`, whole or not at all."""
+        partial = folder / f".{FILE}.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2, allow_nan=False, default=str) + "\n")
+        return partial.rename(folder / FILE)
+
+
+def table(report: Report) -> Any:
+    """The run as a rich table: a row for the baseline in each runtime, and one per step."""
+    from rich.table import Table
+
+    view = Table(title=f"{report.recipe or 'pipeline'}: {report.status}", title_justify="left")
+    for column in ("step", "stage", "status", "seconds", "size KB", "quality", "Δ points [95 %]", "p50 ms", "speed-up"):
+        view.add_column(column, justify="left" if column in ("step", "stage", "status") else "right", no_wrap=True)
+    if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
+        for entry in report.baseline.latency:
+            view.add_row("baseline", entry.runtime, "", "", *_figures(report.baseline, entry), end_section=True)
+    for stage in report.stages:
+        measurement = stage.measurement
+        figures = [""] * 5 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.fastest())
+        view.add_row(stage.key, stage.stage, stage.status, f"{stage.seconds:.1f}", *figures)
+    return view
+
+
+def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:
+    size, quality = measurement.size_bytes, measurement.quality
+    return [
+        _or_dash(size, lambda: f"{size / 1000:.1f}"),  # type: ignore[operator]
+        _or_dash(quality, lambda: f"{quality.value:.2%}"),  # type: ignore[union-attr]
+        _or_dash(quality, lambda: _points(quality)),  # type: ignore[arg-type]
+        f"{latency.p50_ms:.3f}" if latency else "–",
+        f"{latency.speedup:.2f} × {latency.verdict}" if latency else "–",
+    ]
+
+
+def _or_dash(value: Any, show: Callable[[], str]) -> str:
+    return "–" if isinstance(value, NotMeasured) else show()
+
+
+def _points(quality: Quality) -> str:
+    low, high = quality.delta_ci95
+    return f"{quality.delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"

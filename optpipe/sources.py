@@ -1,0 +1,121 @@
+"""Where the model and the task come from: any importable callable, and a weights file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optpipe.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from optpipe.task import Task
+
+MISSING = "???"  # OmegaConf's mark for a value that must be given
+
+
+@dataclass(kw_only=True)
+class Model:
+    """The settings under `model:`."""
+
+    factory: str = MISSING  # dotted path of a callable that returns an nn.Module
+    args: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
+    weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only=True
+
+
+@dataclass(kw_only=True)
+class Data:
+    """The settings under `data:`."""
+
+    factory: str = MISSING  # dotted path of a callable that returns an optpipe.Task
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def problems(model: Model, data: Data) -> list[str]:
+    """What can be seen to be wrong without importing or reading anything heavy."""
+    found = []
+    for key, factory in (("model.factory", model.factory), ("data.factory", data.factory)):
+        module, _, name = factory.rpartition(".")
+        if factory == MISSING or not module:
+            found.append(f"{key} is '{factory}'; it must be the dotted path of a callable, for example my_package.make")
+        elif (reason := _not_importable(module)) is not None:
+            found.append(f"{key} is '{factory}', but {reason}; start optpipe in the folder that holds it, or install it")
+    if model.weights and not Path(model.weights).is_file():
+        found.append(f"model.weights is '{model.weights}', which is not a file; give the path of a state dict")
+    return found
+
+
+def _not_importable(module: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(module)
+    except Exception as error:  # importing the parent package runs the user's code
+        return f"'{module}' cannot be imported ({type(error).__name__}: {error})"
+    return None if found else f"there is no module '{module}'"
+
+
+def build_task(data: Data, subject: str) -> Task:
+    """Call the data factory. Raises RecipeError if that fails."""
+    task: Task = _call("data", data.factory, data.args, subject)
+    return task
+
+
+def build_model(model: Model, subject: str) -> nn.Module:
+    """Call the model factory and load the weights file. Raises RecipeError if either fails."""
+    module: nn.Module = _call("model", model.factory, model.args, subject)
+    if model.weights:
+        _load_weights(module, Path(model.weights), subject)
+    return module
+
+
+def _call(key: str, factory: str, args: dict[str, Any], subject: str) -> Any:
+    module_name, _, name = factory.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's own code: whatever it raises is theirs to read
+        reason = f"importing '{module_name}' failed ({type(error).__name__}: {error})"
+        raise RecipeError([f"{key}.factory is '{factory}', but {reason}"], subject) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        hint = did_you_mean(name, vars(module))
+        raise RecipeError([f"{key}.factory is '{factory}', but '{module_name}' has no callable '{name}'{hint}"], subject)
+    try:
+        return function(**args)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        raise RecipeError([f"{key}.factory '{factory}' raised {type(error).__name__}: {error}"], subject) from error
+
+
+def _load_weights(module: nn.Module, path: Path, subject: str) -> None:
+    try:
+        state = _read(path)
+    except Exception as error:  # every reader has error types of its own
+        text = str(error).strip().splitlines() or [""]
+        raise RecipeError(
+            [
+                f"model.weights is '{path}', which cannot be read as a state dict ({type(error).__name__}: {text[0]}); "
+                "give a .safetensors file, or a .pt file of torch.save(model.state_dict(), path)"
+            ],
+            subject,
+        ) from error
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:4]] or [str(error)]
+        raise RecipeError(
+            [f"model.weights is '{path}', which does not fit {type(module).__name__}: {' '.join(lines)}"], subject
+        ) from error
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        return safetensors.torch.load_file(str(path))
+    import torch
+
+    return torch.load(path, map_location="cpu", weights_only=True)

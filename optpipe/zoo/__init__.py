@@ -1,0 +1,1 @@
+"""Small reference models and tasks, really trained, from data that every machine has."""

@@ -1,0 +1,45 @@
+"""Export: write a captured graph to a file that runs without Python.
+
+Takes an exported program, gives an ONNX file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optpipe.context import Context
+from optpipe.registry import register
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from optpipe.forms import ExportedFile
+
+
+@register("export/onnx", takes="program", gives="onnx", requires=("onnx", "onnxscript"))
+@dataclass(kw_only=True)
+class Onnx:
+    """ONNX by torch's dynamo exporter: named inputs and outputs, free batch size, checked, without debug metadata."""
+
+    opset: int = 20
+    input_names: list[str] | None = None  # by default the task's, else those of `forward`
+    output_names: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 18 <= self.opset <= 23:
+            raise ValueError(f"opset is {self.opset}; torch's exporter writes 18 to 23")
+
+    def run(self, model: ExportedProgram, ctx: Context) -> ExportedFile:
+        from optpipe.forms.onnx import FILE
+        from optpipe.lower import to_onnx
+
+        exported = to_onnx(
+            model,
+            ctx.dir / FILE,
+            input_names=self.input_names or ctx.task.input_names,
+            output_names=self.output_names or ctx.task.output_names,
+            opset=self.opset,
+        )
+        ctx.record(opset=self.opset)
+        return exported
