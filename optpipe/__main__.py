@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130
+TABLE_WIDTH = 130  # where the output is no terminal
 
 
 def main() -> None:
@@ -104,7 +105,10 @@ def _show(report: Any, folder: Path) -> int:
 
     from optpipe.report import table
 
-    Console().print(table(report))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+    console.print(table(report))
     print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
     for violation in report.budget.violations:
         print(f"over budget: {violation}", file=sys.stderr)

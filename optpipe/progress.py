@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -30,12 +31,14 @@ def track(steps: Iterable[T], description: str, total: int | None = None) -> Ite
 
 @contextmanager
 def quiet(logger: str) -> Iterator[None]:
-    """Without the warnings of a library's logger that say nothing about the run."""
+    """Without warnings that say nothing about the run: those of this logger, and torch's about its own insides."""
     chosen = logging.getLogger(logger)
     level = chosen.level
     chosen.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
+            yield
     finally:
         chosen.setLevel(level)
 

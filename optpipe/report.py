@@ -7,7 +7,6 @@ the schema, not renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -152,33 +151,33 @@ def table(report: Report) -> Any:
     from rich.table import Table
 
     view = Table(title=f"{report.recipe or 'pipeline'}: {report.status}", title_justify="left")
-    for column in ("step", "stage", "status", "seconds", "size KB", "quality", "Δ points [95 %]", "p50 ms", "speed-up"):
-        view.add_column(column, justify="left" if column in ("step", "stage", "status") else "right", no_wrap=True)
+    for column in ("step", "status", "seconds"):
+        view.add_column(column, justify="right" if column == "seconds" else "left", no_wrap=True)
+    for column in ("size KB", "quality", "Δ points [95 %]", "p50 ms", "× faster [95 %]", "same engine"):
+        view.add_column(column, justify="right", no_wrap=True)
     if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
         for entry in report.baseline.latency:
-            view.add_row("baseline", entry.runtime, "", "", *_figures(report.baseline, entry), end_section=True)
+            view.add_row(f"baseline, {entry.runtime}", "", "", *_figures(report.baseline, entry))
+        view.add_section()
     for stage in report.stages:
+        name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
         measurement = stage.measurement
-        figures = [""] * 5 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.fastest())
-        view.add_row(stage.key, stage.stage, stage.status, f"{stage.seconds:.1f}", *figures)
+        figures = ["–"] * 6 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.fastest())
+        view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
     return view
 
 
 def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:
     size, quality = measurement.size_bytes, measurement.quality
-    return [
-        _or_dash(size, lambda: f"{size / 1000:.1f}"),  # type: ignore[operator]
-        _or_dash(quality, lambda: f"{quality.value:.2%}"),  # type: ignore[union-attr]
-        _or_dash(quality, lambda: _points(quality)),  # type: ignore[arg-type]
-        f"{latency.p50_ms:.3f}" if latency else "–",
-        f"{latency.speedup:.2f} × {latency.verdict}" if latency else "–",
-    ]
-
-
-def _or_dash(value: Any, show: Callable[[], str]) -> str:
-    return "–" if isinstance(value, NotMeasured) else show()
-
-
-def _points(quality: Quality) -> str:
-    low, high = quality.delta_ci95
-    return f"{quality.delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"
+    cells = ["–" if isinstance(size, NotMeasured) else f"{size / 1000:.1f}"]
+    if isinstance(quality, NotMeasured):
+        cells += ["–", "–"]
+    else:
+        low, high = quality.delta_ci95
+        cells += [f"{quality.value:.2%}", f"{quality.delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"]
+    if latency is None:
+        return [*cells, "–", "–", "–"]
+    low, high = latency.speedup_ci95
+    same = latency.speedup_same_runtime
+    shown = "–" if isinstance(same, NotMeasured) else f"{same:.2f}"
+    return [*cells, f"{latency.p50_ms:.3f}", f"{latency.speedup:.2f} [{low:.2f}, {high:.2f}] {latency.verdict}", shown]

@@ -54,6 +54,7 @@ class Logits:
         from optpipe.training import Schedule, fit, hold_out
 
         teacher = ctx.fabric.to_device(copy.deepcopy(ctx.baseline).eval())
+        teacher.to(memory_format=torch.channels_last)  # convolutions alone; a third less time on a CPU
         _check_outputs_fit(model, teacher, ctx)
 
         def loss(inputs: Any, student: Tensor, target: Any) -> Tensor:

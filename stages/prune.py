@@ -48,11 +48,10 @@ class Channels:
             model,
             example_inputs=batch_of(ctx.task.example_inputs, 2),
             importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=self.ratio,
-            round_to=self.round_to,
+            pruning_ratio=0.0,
+            pruning_ratio_dict=self._ratios(model),
             ignored_layers=_kept(model, self.keep) + _output_layers(model, ctx),
             # its defaults are dicts shared by every pruner of a process
-            pruning_ratio_dict={},
             in_channel_groups={},
             out_channel_groups={},
             num_heads={},
@@ -69,6 +68,19 @@ class Channels:
         ctx.record(layers_pruned=len(shrunk), layers=len(before), channels_kept=kept)
         ctx.note(f"removed {1 - kept:.0%} of the channels, in {len(shrunk)} of {len(before)} layers")
         return model
+
+    def _ratios(self, model: nn.Module) -> dict[nn.Module, float]:
+        """The share to remove from each layer so that the nearest multiple of `round_to`, at least one, is kept.
+
+        Torch-Pruning's own rounding leaves a layer of 32 whole where 16 are asked for.
+        """
+        ratios = {}
+        for name, channels in _channels(model).items():
+            kept = max(1, round(channels * (1 - self.ratio) / self.round_to)) * self.round_to
+            if kept < channels:
+                # it keeps int(channels * (1 - ratio)): half a channel more cannot be rounded to one too few
+                ratios[model.get_submodule(name)] = 1 - (kept + 0.5) / channels
+        return ratios
 
 
 def _channels(model: nn.Module) -> dict[str, int]:

@@ -16,6 +16,8 @@ import safetensors.torch
 import torch
 from torch import fx, nn
 
+from optpipe.progress import quiet
+
 NAME = "torch"
 
 
@@ -25,13 +27,16 @@ def matches(model: Any) -> bool:
 
 def save(model: nn.Module, folder: Path) -> None:
     if isinstance(model, fx.GraphModule):
-        model = _without_tracing_state(model)
+        model = _picklable(model)
     torch.save(model, folder / "module.pt", pickle_module=cloudpickle)
     safetensors.torch.save_model(model, str(folder / "weights.safetensors"))
 
 
 def load(folder: Path) -> nn.Module:
-    model: nn.Module = torch.load(folder / "module.pt", weights_only=False)
+    import torch.ao.quantization.fx._decomposed  # registers the quantise operators that a graph may call
+
+    with quiet("torch"):
+        model: nn.Module = torch.load(folder / "module.pt", weights_only=False)
     return model
 
 
@@ -64,9 +69,15 @@ def update_with_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _without_tracing_state(model: fx.GraphModule) -> fx.GraphModule:
+class GraphReader(fx.Tracer):
+    """Makes a graph again from the code that torch.fx pickles, without computing what hangs on weights alone."""
+
+    proxy_buffer_attributes = True
+
+
+def _picklable(model: fx.GraphModule) -> fx.GraphModule:
     """A copy without what torch.export left in it: its metadata cannot be pickled, nor its tracer be made anew."""
     plain = fx.GraphModule(model, model.graph, class_name="GraphModule")
     plain.meta.clear()
-    plain.__dict__.update(_tracer_cls=fx.Tracer, _tracer_extras={}, training=model.training)
+    plain.__dict__.update(_tracer_cls=GraphReader, _tracer_extras={}, training=model.training)
     return plain

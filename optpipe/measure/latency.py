@@ -41,6 +41,7 @@ class Contender:
     folder: Path  # where its form was saved
     runtime: str
     threads: int
+    twin: bool = False  # in processes of its own although another contender is equal: for the noise floor
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,9 @@ class Bench:
     def _rounds(self, team: list[Contender], inputs: Path) -> list[list[list[list[float]]]]:
         """samples[round][replica][contender] = milliseconds of each call."""
         samples: list[list[list[list[float]]]] = []
-        for replica in range(self.settings.replicas):  # first calls load, compile and warm up: outside the clock
-            for contender in team:
-                self._worker(contender, replica).block(inputs, 0.0)
+        workers = [self._worker(contender, replica) for replica in self._replicas() for contender in team]
+        for worker in workers:  # they have started side by side; each warms up alone, outside the clock
+            worker.block(inputs, 0.0)
         deadline = time.monotonic() + self.settings.max_seconds
         while len(samples) < self.settings.min_rounds or time.monotonic() < deadline:
             samples.append([self._round(team, replica, inputs, len(samples)) for replica in self._replicas()])
@@ -161,10 +162,13 @@ class Worker:
                 stderr=stderr,
                 env={**os.environ, "OMP_NUM_THREADS": str(contender.threads), "PYTHONPATH": os.pathsep.join(sys.path)},
             )
-        self._ask(runtime=contender.runtime, folder=str(contender.folder), threads=contender.threads)
+        self._is_ready = False
 
     def block(self, inputs: Path, seconds: float) -> list[float]:
         """Milliseconds of each call made within `seconds`, at least three."""
+        if not self._is_ready:
+            self._ask(runtime=self.contender.runtime, folder=str(self.contender.folder), threads=self.contender.threads)
+            self._is_ready = True
         answer = self._ask(inputs=str(inputs), seconds=seconds)
         self.peak_memory_bytes = int(answer["peak_memory_bytes"])
         times: list[float] = answer["milliseconds"]

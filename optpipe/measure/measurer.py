@@ -54,7 +54,8 @@ class Measurer:
                 self._baseline_exported = exported
             except StageError as error:
                 self._baseline_exported = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
-            latency = self._latencies_or_reason([self._baseline, *self._exported_contenders(self.target.threads)])
+            twin = replace(self._baseline, twin=True)  # the baseline against itself: the noise floor
+            latency = self._latencies_or_reason([twin, *self._exported_contenders(self.target.threads)])
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
                 quality=self._quality(self._scores["test"]),
@@ -142,10 +143,12 @@ class Measurer:
 
     def _latency(self, subject: Contender, preview: bool, batch_size: int) -> tuple[Latency, int]:
         """Time one contender, unless one with the same bytes was timed in this run."""
-        key = (_file_hash(subject), subject.runtime, subject.threads, batch_size)
+        key = (_file_hash(subject), subject.runtime, subject.threads, subject.twin, batch_size)
         if key not in self._timed:
             eager = replace(self._baseline, threads=subject.threads)
             references = [eager, *self._exported_contenders(subject.threads)]
+            if subject in references:
+                subject = replace(subject, twin=True)
             comparison = self._bench.compare(subject, references, self._inputs(batch_size))
             self._timed[key] = self._summary(comparison, subject, batch_size), comparison.peak_memory_bytes
         latency, memory = self._timed[key]

@@ -12,7 +12,7 @@ class Measure:
     replicas: int = 2  # worker processes per contender: two processes with one model differ by up to 1.4 %
     block_seconds: float = 0.04  # of consecutive calls of one contender before the next one's turn
     min_rounds: int = 6  # a round is one block of every contender
-    max_seconds: float = 4.0  # of one comparison
+    max_seconds: float = 3.0  # of one comparison
     interval_width: float = 0.03  # stop early once the 95 % interval of the ratio is this narrow, relative
     margin: float = 0.02  # ratios closer to 1 than this are `same`
     timeout_seconds: float = 120.0  # a worker that is silent for longer is killed
