@@ -37,7 +37,7 @@ _HOME = {
     "optimize": "notebook",
     "register": "registry",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 STARTED = time.perf_counter()
-PROCESS_START = time.time()
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130
-TABLE_WIDTH = 130  # where the output is no terminal
+TABLE_WIDTH = 140  # where the output is no terminal
 
 
 def main() -> None:
     """Run optpipe with the words of the command line; exit with 1 if it could not do what they ask."""
-    from optpipe import compose
+    from optpipe import compose, execute
     from optpipe.errors import OptpipeError
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
     command = compose.read(sys.argv[1:])
     try:
         compose.prepare(command)
         if not command.is_question:
-            compose.check(command)
+            plans = compose.check(command)
+            if any(plan.dry_run for plan in plans):
+                print("\n".join(execute.describe(plan) for plan in plans))
+                return
             _check_writable(command)
     except OptpipeError as error:
         sys.exit(_say_error(error))
@@ -68,9 +72,6 @@ def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | N
     overrides = list(hydra_config.overrides.task)
     try:
         plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject)
-        if config.dry_run:
-            print(execute.describe(plan))
-            return None
         report = execute.execute(plan, Path(hydra_config.runtime.output_dir), started)
         outcome["code"] = _show(report, Path(hydra_config.runtime.output_dir))
         return None

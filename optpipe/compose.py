@@ -6,6 +6,7 @@ checked as a whole, so that one RecipeError holds every problem.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,8 @@ SETTINGS = {"pipeline", "seed", "device", "plugins", "dry_run"}
 FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
 FLAGS_WITH_VALUE |= {"--experimental-rerun"}
 
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
+
 T = TypeVar("T")
 
 
@@ -68,7 +71,18 @@ class Command:
     @property
     def is_question(self) -> bool:
         """Whether it only asks Hydra for help or information."""
-        asked = ("--help", "-h", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c", "--shell-completion", "-sc")
+        asked = (
+            "--help",
+            "-h",
+            "--hydra-help",
+            "--version",
+            "--info",
+            "-i",
+            "--cfg",
+            "-c",
+            "--shell-completion",
+            "-sc",
+        )
         return any(flag.split("=")[0] in asked for flag in self.flags)
 
     @property
@@ -106,7 +120,7 @@ def read(argv: Sequence[str]) -> Command:
 
 
 def prepare(command: Command) -> None:
-    """Register schemas, optpipe's stages and the user's plug-ins. Raises RecipeError for one that cannot be imported."""
+    """Register schemas, optpipe's stages and the user's plug-ins. Raises RecipeError if one cannot be imported."""
     for name, schema in SCHEMAS.items():
         registry.store_schema(name, schema)
     registry.load_stages()
@@ -116,7 +130,7 @@ def prepare(command: Command) -> None:
     if command.config_dir and not command.config_dir.is_dir():
         problems.append(f"--config-dir is '{command.config_dir}', which is not a folder")
     problems += registry.load_plugins(_plugins(command))
-    problems += _shadowed_recipes(command)
+    problems += _shadowed(command)
     if problems:
         raise RecipeError(problems, command.subject)
 
@@ -138,14 +152,15 @@ def _plugins(command: Command) -> list[str]:
     return named
 
 
-def _shadowed_recipes(command: Command) -> list[str]:
+def _shadowed(command: Command) -> list[str]:
     """Hydra silently takes its own file where the user's has the same name."""
     if not command.config_dir:
         return []
+    own = (path.relative_to(command.config_dir) for path in sorted(command.config_dir.rglob("*.yaml")))
     return [
-        f"{path} has the name of a built-in recipe, which Hydra would take instead; rename it"
-        for path in sorted((command.config_dir / "recipe").glob("*.yaml"))
-        if path.stem in builtin_recipes()
+        f"{command.config_dir / path} has the name of a built-in file, which Hydra would take instead; rename it"
+        for path in own
+        if (CONF / path).exists()
     ]
 
 
@@ -159,20 +174,22 @@ def recipes(config_dir: Path | None) -> list[str]:
     return sorted({*builtin_recipes(), *own})
 
 
-def check(command: Command) -> None:
+def check(command: Command) -> list[Plan]:
     """Compose and check what `command` asks for, every value of a sweep included. Raises RecipeError."""
     problems: list[str] = []
+    plans: list[Plan] = []
     if not command.recipe and not any(re.match(r"\+?pipeline=", override) for override in command.overrides):
         listed = "\n      ".join(f"+recipe={name}" for name in recipes(command.config_dir))
         problems.append(f"no recipe is given; add one of\n      {listed}\n    or your own pipeline=[…]")
     for combination in _sweep_combinations(command.overrides) if command.is_sweep else [command.overrides]:
         try:
             config = composed(combination, command)
-            plan(config, recipe=command.recipe, overrides=combination, subject=command.subject)
+            plans.append(plan(config, recipe=command.recipe, overrides=combination, subject=command.subject))
         except RecipeError as error:
             problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise RecipeError(problems, command.subject)
+    return plans
 
 
 def composed(overrides: Sequence[str], command: Command) -> DictConfig:
@@ -180,8 +197,9 @@ def composed(overrides: Sequence[str], command: Command) -> DictConfig:
     with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name="optpipe"):
         extra = [f"hydra.searchpath=[file://{command.config_dir.resolve()}]"] if command.config_dir else []
         try:
-            return compose("config", overrides=[*extra, *overrides])
-        except (HydraException, OmegaConfBaseException) as error:
+            config: DictConfig = compose("config", overrides=[*extra, *overrides])
+            return config
+        except REFUSALS as error:
             problems = _one_by_one(extra, overrides, command) or [_explain("", error, command)]
             raise RecipeError(problems, command.subject) from error
 
@@ -194,7 +212,7 @@ def _one_by_one(extra: list[str], overrides: Sequence[str], command: Command) ->
         try:
             compose("config", overrides=[*accepted, override])
             accepted.append(override)
-        except (HydraException, OmegaConfBaseException) as error:
+        except REFUSALS as error:
             package = re.match(r"\+?[\w/]+@(\w+)", override)
             if top not in refused_keys:
                 problems.append(_explain(override, error, command))
@@ -215,7 +233,9 @@ def _explain(override: str, error: Exception, command: Command) -> str:
     value = override.partition("=")[2]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        known = recipes(command.config_dir) if group == "recipe" else [o.removesuffix(".yaml") for o in error.options or []]
+        known = (
+            recipes(command.config_dir) if group == "recipe" else [o.removesuffix(".yaml") for o in error.options or []]
+        )
         hint = did_you_mean(option, known) or ";"
         return f"there is no {group or 'config'} '{option}'{hint} there are {', '.join(known)}"
     if found := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)", f"{text} {cause}"):
@@ -224,6 +244,8 @@ def _explain(override: str, error: Exception, command: Command) -> str:
         key = override.split("=")[0]
         known = sorted({*SCHEMAS, *registry.families()})
         return f"'{override}': there is no '{key}' to choose{did_you_mean(key.lstrip('+'), known)}"
+    if value in ("null", "") and override.split("=")[0] in registry.families():
+        return f"'{override}': a stage family cannot be empty; leave its key out of pipeline=[…] instead"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     reason = "; ".join(line for line in lines[:1])
     return f"'{override}': {reason}" if override else f"{reason} ({value})" if value else reason
@@ -287,6 +309,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     problems = _unknown_nodes(config)
     settings = {name: _typed(schema, config.get(name), name, problems) for name, schema in SCHEMAS.items()}
     seed = _scalar(config, "seed", int, problems)
+    dry_run = _scalar(config, "dry_run", bool, problems)
     device = _device(str(config.get("device")), problems)
     entries = _entries(config, problems)
     if not problems:
@@ -309,6 +332,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
         data=settings["data"],
         seed=seed,
         device=device,
+        dry_run=dry_run,
         config=_used(config, entries, recipe),
     )
 
@@ -361,7 +385,9 @@ def _entries(config: DictConfig, problems: list[str]) -> list[Entry]:
     """The pipeline's steps and choices."""
     listed = config.get("pipeline")
     if not OmegaConf.is_list(listed):
-        problems.append(f"pipeline is {listed!r}; it must be a list of stage keys, for example [quantize, trace, export]")
+        problems.append(
+            f"pipeline is {listed!r}; it must be a list of stage keys, for example [quantize, trace, export]"
+        )
         return []
     if not listed:
         problems.append("pipeline is empty; it must list at least one stage key")
@@ -409,8 +435,12 @@ class _Steps:
             hint = did_you_mean(str(key), known) or f"; there are {', '.join(known)}"
             self.problems.append(f"pipeline names '{key}', which has no settings{hint}")
             return None
+        node = self.config[key]
+        fields = [field.name for field in dataclasses.fields(info.cls)]
+        unknown = [str(name) for name in node if name not in fields]
+        self.problems += [f"{key}: {info.name} has no setting '{n}'{did_you_mean(n, fields)}" for n in unknown]
         try:
-            stage: Any = OmegaConf.to_object(self.config[key])
+            stage: Any = OmegaConf.to_object(node)
         except (ValueError, OmegaConfBaseException) as error:
             self.problems.append(f"{key}: {_first_line(error)}")
             return None

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 
-def execute(plan: Plan, folder: Path, started: float, model: nn.Module | None = None, task: Task | None = None) -> Report:
+def execute(
+    plan: Plan, folder: Path, started: float, model: nn.Module | None = None, task: Task | None = None
+) -> Report:
     """Run `plan` in `folder`. A model or task that is given replaces the one that the plan names.
 
     started: time.perf_counter() when this run began.

@@ -92,7 +92,9 @@ def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> Depl
     manifest = json.loads((folder / FILE).read_text())
     for name, facts in manifest["files"].items():
         if not (folder / name).exists() or _facts(folder / name) != facts:
-            raise OptpipeError(f"{folder / name} is missing or is not the file that the run wrote; run the recipe again")
+            raise OptpipeError(
+                f"{folder / name} is missing or is not the file that the run wrote; run the recipe again"
+            )
     model = form(manifest["form"]).load(folder)
     name = manifest["runtime"]
     return DeployedModel(manifest, runtime(name).runner(model, threads or manifest["target"]["threads"]))

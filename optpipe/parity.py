@@ -27,7 +27,9 @@ class Parity:
     n: int  # samples compared
 
     def note(self) -> str:
-        return f"parity: largest difference {self.max_error:.2g} of the range, {self.label_flips} of {self.n} labels flip"
+        return (
+            f"parity: largest difference {self.max_error:.2g} of the range, {self.label_flips} of {self.n} labels flip"
+        )
 
 
 def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, int8: bool) -> Parity:

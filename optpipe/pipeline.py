@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,10 @@ def run(plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker
         finally:
             report.seconds = time.perf_counter() - started
             report.overhead_seconds = report.seconds - loop.measurer.seconds - sum(s.seconds for s in report.stages)
-            report.write(folder)
-            tracker.finish(report, folder)
+            try:
+                report.write(folder)
+            finally:
+                tracker.finish(report, folder)
     return report
 
 
@@ -81,13 +82,17 @@ class Loop:
         baseline_folder.mkdir(parents=True, exist_ok=True)
         self.measurer = Measurer(task, plan.target, plan.measure, baseline_folder, bench)
         self.baseline = model.eval().requires_grad_(False)
-        self.entry_number = 0
+        self.number = 0
 
     def run(self) -> None:
         """The whole control flow of the product."""
         state = self._measure_baseline()
-        for self.entry_number, entry in enumerate(self.plan.entries, 1):
-            state = self._choose(entry, state) if isinstance(entry, Choice) else self._step(entry, state, self._dir(entry))
+        for number, entry in enumerate(self.plan.entries, 1):
+            self.number = number
+            if isinstance(entry, Choice):
+                state = self._choose(entry, state)
+            else:
+                state = self._step(entry, state, self._dir(entry))
         self._finish(state)
 
     def _measure_baseline(self) -> State:
@@ -100,7 +105,7 @@ class Loop:
 
     def _step(self, step: Step, before: State, folder: Path) -> State:
         """One stage with everything around it; its result is in the report whatever happens."""
-        say(f"[{self.entry_number}/{len(self.plan.entries)}] {step.key} ({step.info.name}) …")
+        say(f"[{self.number}/{len(self.plan.entries)}] {step.key} ({step.info.name}) …")
         folder.mkdir(parents=True)
         result = StageResult(
             key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.form.NAME,
@@ -140,7 +145,9 @@ class Loop:
         result.form = after_form.NAME
         if after_form is not before.form:
             int8 = parity.is_quantised(before.model)
-            check = parity.check(before.form.as_callable(before.model), after_form.as_callable(model), self.task, int8=int8)
+            check = parity.check(
+                before.form.as_callable(before.model), after_form.as_callable(model), self.task, int8=int8
+            )
             result.notes.append(check.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash
@@ -213,14 +220,12 @@ class Loop:
         self.report.status = "over_budget" if self.report.budget.violations else "ok"
 
     def _dir(self, entry: Entry) -> Path:
-        return self.folder / f"{self.entry_number:02d}_{entry.key}"
+        return self.folder / f"{self.number:02d}_{entry.key}"
 
     def _place(self, step: Step, folder: Path) -> str:
-        return f"while running step {self.entry_number} of {len(self.plan.entries)}, '{step.key}', in {folder}"
+        return f"while running step {self.number} of {len(self.plan.entries)}, '{step.key}', in {folder}"
 
 
 def _figures(state: State) -> str:
     fastest = state.measurement.fastest()
     return f"{fastest.p50_ms:.3f} ms" if fastest else "latency not measured"
-
-

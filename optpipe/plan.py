@@ -55,6 +55,7 @@ class Plan:
     data: Data
     seed: int
     device: str
+    dry_run: bool
     config: dict[str, Any]  # the resolved configuration, for the record only
 
     @property

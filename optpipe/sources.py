@@ -39,11 +39,13 @@ def problems(model: Model, data: Data) -> list[str]:
     """What can be seen to be wrong without importing or reading anything heavy."""
     found = []
     for key, factory in (("model.factory", model.factory), ("data.factory", data.factory)):
-        module, _, name = factory.rpartition(".")
+        module, _, _ = factory.rpartition(".")
         if factory == MISSING or not module:
             found.append(f"{key} is '{factory}'; it must be the dotted path of a callable, for example my_package.make")
         elif (reason := _not_importable(module)) is not None:
-            found.append(f"{key} is '{factory}', but {reason}; start optpipe in the folder that holds it, or install it")
+            found.append(
+                f"{key} is '{factory}', but {reason}; start optpipe in the folder that holds it, or install it"
+            )
     if model.weights and not Path(model.weights).is_file():
         found.append(f"model.weights is '{model.weights}', which is not a file; give the path of a state dict")
     return found
@@ -81,7 +83,9 @@ def _call(key: str, factory: str, args: dict[str, Any], subject: str) -> Any:
     function = getattr(module, name, None)
     if not callable(function):
         hint = did_you_mean(name, vars(module))
-        raise RecipeError([f"{key}.factory is '{factory}', but '{module_name}' has no callable '{name}'{hint}"], subject)
+        raise RecipeError(
+            [f"{key}.factory is '{factory}', but '{module_name}' has no callable '{name}'{hint}"], subject
+        )
     try:
         return function(**args)
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,9 +130,8 @@ class MlflowTracker:
 
     def _log(self, run_id: str, metrics: dict[str, float] | None = None, params: dict[str, str] | None = None) -> None:
         from mlflow.entities import Metric, Param
-        from mlflow.utils.time import get_current_time_millis
 
-        now = get_current_time_millis()
+        now = int(time.time() * 1000)
         self._client.log_batch(
             run_id,
             metrics=[Metric(name, value, now, 0) for name, value in (metrics or {}).items()],

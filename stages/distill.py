@@ -85,7 +85,9 @@ class Logits:
         from torch.nn import functional as F
 
         t = self.temperature
-        soft = F.kl_div(F.log_softmax(student / t, 1), F.log_softmax(teacher / t, 1), reduction="batchmean", log_target=True)
+        soft = F.kl_div(
+            F.log_softmax(student / t, 1), F.log_softmax(teacher / t, 1), reduction="batchmean", log_target=True
+        )
         return self.alpha * t * t * soft + (1 - self.alpha) * task_loss
 
 
@@ -96,7 +98,10 @@ def _check_outputs_fit(student: nn.Module, teacher: nn.Module, ctx: Context) -> 
 
     with torch.no_grad():
         shapes = [
-            [tuple(tensor.shape) for tensor in tensors_in(call(model.eval(), ctx.fabric.to_device(ctx.task.example_inputs)))]
+            [
+                tuple(tensor.shape)
+                for tensor in tensors_in(call(model.eval(), ctx.fabric.to_device(ctx.task.example_inputs)))
+            ]
             for model in (ctx.fabric.to_device(student), teacher)
         ]
     if shapes[0] != shapes[1] or len(shapes[0]) != 1 or len(shapes[0][0]) != 2:

@@ -97,7 +97,9 @@ def _kept(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in modules):
             examples = list(_channels(model))[:2]
-            raise StageError(f"keep names '{pattern}', which matches no module of this model; it has, for example, {examples}")
+            raise StageError(
+                f"keep names '{pattern}', which matches no module of this model; it has, for example, {examples}"
+            )
     return [module for name, module in modules.items() if any(fnmatch(name, pattern) for pattern in patterns)]
 
 

@@ -46,7 +46,9 @@ class Standard:
         dropped = _drop(model, dropout=self.drop_dropout, identities=self.drop_identities)
         with torch.no_grad():
             after = tensors_in(call(model, ctx.task.example_inputs))
-        worst = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True))
+        worst = max(
+            float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in zip(before, after, strict=True)
+        )
         if worst > self.tolerance:
             raise StageError(f"outputs changed by {worst:.2g} of their range, more than tolerance={self.tolerance:g}")
         ctx.record(folded_batch_norms=len(folded), dropped_modules=len(dropped), largest_difference=worst)

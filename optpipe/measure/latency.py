@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
                 env={**os.environ, "OMP_NUM_THREADS": str(contender.threads), "PYTHONPATH": os.pathsep.join(sys.path)},
             )
         self._is_ready = False
@@ -186,7 +187,7 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, **request: object) -> dict[str, object]:  # type: ignore[misc]
+    def _ask(self, **request: object) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -200,7 +201,7 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise self._failure("died")
-        answer: dict[str, object] = json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def _failure(self, what: str) -> MeasureError:

@@ -118,8 +118,13 @@ class Measurer:
             return
         with machine_lock().working():
             program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model
-            names = {"input_names": self.task.input_names, "output_names": self.task.output_names}
-            lower.to_onnx(program, folder / form("onnx").FILE, rewrite=rewrite, **names)  # type: ignore[attr-defined]
+            lower.to_onnx(
+                program,
+                folder / "model.onnx",
+                input_names=self.task.input_names,
+                output_names=self.task.output_names,
+                rewrite=rewrite,
+            )
 
     def _exported_contenders(self, threads: int) -> list[Contender]:
         """The unoptimised baseline in the target's runtime; none if that is eager PyTorch, or it has no export."""
@@ -224,5 +229,3 @@ def _file_hash(contender: Contender) -> str:
     """Of the bytes that the contender runs; a folder's name where the format is not a file of its own."""
     file = contender.folder / "model.onnx"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else str(contender.folder)
-
-

@@ -126,7 +126,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
 
     def _weighted(self, node: Node) -> None:
         activation, weight = node.args[0], node.args[1]
-        if not isinstance(weight, Node) or weight.op not in ("get_attr", "placeholder"):
+        if not isinstance(activation, Node) or not isinstance(weight, Node) or weight.op != "get_attr":
             return
         bias = node.args[2] if len(node.args) > 2 else None
         inputs: dict[Any, Any] = {activation: self.scheme.activation_spec, weight: self.scheme.weight_spec}
