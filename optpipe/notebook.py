@@ -65,7 +65,7 @@ def optimize(
     report = execute.execute(plan, folder, started, copy.deepcopy(model), task)
     baseline, final = report.baseline, report.final
     assert isinstance(baseline, Measurement) and not isinstance(final, NotMeasured)
-    latency = final.measurement.fastest()
+    latency = final.measurement.headline()
     if latency is None or isinstance(final.measurement.quality, NotMeasured):
         raise OptpipeError(f"the final model could not be measured; {folder}/report.json says why")
     return Result(

@@ -153,7 +153,7 @@ class Loop:
         unchanged = content == before.hash
         measurement = before.measurement if unchanged else self.measurer.measure(model, folder)
         if ctx.latencies:
-            measurement = replace(measurement, latency=ctx.latencies)
+            measurement = measurement.with_grid(ctx.latencies)
         result.measurement = measurement
         result.status = "unchanged" if unchanged and not ctx.latencies else "ok"
         return State(model, after_form, folder, content, measurement)
@@ -195,18 +195,18 @@ class Loop:
                 broken = self.plan.budget.quality_violations(self.measurer.validation_drop(state.model))
             except StageError as error:
                 broken = [str(error)]
-            fastest = state.measurement.fastest()
+            latency = state.measurement.headline()
             attempts.append(Attempt(method=method, ok=not broken, reason="; ".join(broken) or _figures(state)))
             results = self.report.stages[kept:]
             del self.report.stages[kept:]
             if not broken:
-                done.append((fastest.p50_ms if fastest else float("inf"), state, results))
+                done.append((latency.speedup if latency else 0.0, state, results))
                 if choice.how == "first_of":
                     break
         if not done:
             reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
             raise StageError(f"no alternative of {choice.how} worked: {reasons}")
-        _, state, results = min(done, key=lambda item: item[0])
+        _, state, results = max(done, key=lambda item: item[0])
         results[0].attempts = attempts
         self.report.stages.extend(results)
         return state
@@ -227,5 +227,5 @@ class Loop:
 
 
 def _figures(state: State) -> str:
-    fastest = state.measurement.fastest()
+    fastest = state.measurement.headline()
     return f"{fastest.p50_ms:.3f} ms" if fastest else "latency not measured"

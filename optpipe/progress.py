@@ -30,17 +30,18 @@ def track(steps: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 @contextmanager
-def quiet(logger: str) -> Iterator[None]:
-    """Without warnings that say nothing about the run: those of this logger, and torch's about its own insides."""
-    chosen = logging.getLogger(logger)
-    level = chosen.level
-    chosen.setLevel(logging.ERROR)
+def quiet(*names: str) -> Iterator[None]:
+    """Without warnings that say nothing about the run: those of these loggers, and torch's about its own insides."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)`", FutureWarning)
             yield
     finally:
-        chosen.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _bar() -> Progress:

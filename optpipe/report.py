@@ -7,7 +7,7 @@ the schema, not renamed.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,12 +71,18 @@ class Measurement:
     latency: list[Latency] | NotMeasured
     peak_memory_bytes: int | NotMeasured
 
-    def fastest(self, batch_size: int = 1) -> Latency | None:
-        """The entry with the lowest median at this batch size."""
-        if isinstance(self.latency, NotMeasured):
-            return None
-        entries = [entry for entry in self.latency if entry.batch_size == batch_size]
-        return min(entries, key=lambda entry: entry.p50_ms, default=None)
+    def headline(self) -> Latency | None:
+        """Latency at batch 1 with the target's threads: always the first entry."""
+        return None if isinstance(self.latency, NotMeasured) else self.latency[0]
+
+    def with_grid(self, grid: list[Latency]) -> Measurement:
+        """The same with the other points of a grid behind the headline."""
+        first = self.headline()
+        if first is None:
+            return replace(self, latency=grid)
+        point = (first.runtime, first.batch_size, first.threads)
+        others = [entry for entry in grid if (entry.runtime, entry.batch_size, entry.threads) != point]
+        return replace(self, latency=[first, *others])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,12 +165,13 @@ def table(report: Report) -> Any:
         view.add_column(column, justify="right", no_wrap=True)
     if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
         for entry in report.baseline.latency:
-            view.add_row(f"baseline, {entry.runtime}", "", "", *_figures(report.baseline, entry))
+            size, *figures = _figures(report.baseline, entry)
+            view.add_row(f"baseline, {entry.runtime}", "", "", size if entry.runtime == "torch" else "", *figures)
         view.add_section()
     for stage in report.stages:
         name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
         measurement = stage.measurement
-        figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.fastest())
+        figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
         view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
     return view
 

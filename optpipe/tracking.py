@@ -170,7 +170,7 @@ def _metrics(measurement: Measurement | NotMeasured) -> dict[str, float]:
             metrics[name] = value
     if not isinstance(quality := measurement.quality, NotMeasured):
         metrics |= {"quality": quality.value, "quality_delta": quality.delta}
-    if latency := measurement.fastest():
+    if latency := measurement.headline():
         metrics |= {name: getattr(latency, name) for name in ("p50_ms", "p95_ms", "std_ms", "throughput", "speedup")}
         if not isinstance(latency.speedup_same_runtime, NotMeasured):
             metrics["speedup_same_runtime"] = latency.speedup_same_runtime

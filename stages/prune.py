@@ -76,7 +76,7 @@ class Channels:
         """
         ratios = {}
         for name, channels in _channels(model).items():
-            kept = max(1, round(channels * (1 - self.ratio) / self.round_to)) * self.round_to
+            kept = max(1, int(channels * (1 - self.ratio) / self.round_to + 0.5)) * self.round_to
             if kept < channels:
                 # it keeps int(channels * (1 - ratio)): half a channel more cannot be rounded to one too few
                 ratios[model.get_submodule(name)] = 1 - (kept + 0.5) / channels

@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import Finished, finish, start
 
 OUTSIDE = Path(__file__).parent / "outside"
-sys.path.append(str(OUTSIDE))  # in-process tests import its modules as a user in that folder would
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-    folder: Path  # that it was started in
-
-    @property
-    def run(self) -> Path:
-        """The folder of the only run."""
-        (folder,) = (self.folder / "outputs" / "runs").iterdir()
-        return folder
-
-    @property
-    def report(self) -> dict[str, Any]:
-        return json.loads((self.run / "report.json").read_text())
-
-
-def start(folder: Path, *words: str, cache: Path) -> subprocess.Popen[str]:
-    """`python -m optpipe …` in `folder`, as a user would start it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "optpipe", *words],
-        cwd=folder,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], folder: Path) -> Finished:
-    out, err = process.communicate(timeout=300)
-    return Finished(process.returncode, out, err, folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

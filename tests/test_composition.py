@@ -141,7 +141,8 @@ def test_composing_works_inside_another_hydra_application(tmp_path: Path) -> Non
 def test_an_answer_that_needs_no_work_imports_nothing_heavy(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys, atexit; from optpipe.__main__ import main; sys.argv = ['optpipe', *sys.argv[1:]]\n"
-        "atexit.register(lambda: print('heavy:', [m for m in ('torch', 'mlflow', 'onnx', 'sklearn') if m in sys.modules]))\n"
+        "heavy = {'torch', 'mlflow', 'onnx', 'sklearn'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
         "main()"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Finished
+from command import Finished
 
 STAGES = ["simplify", "prune", "distill", "quantize", "trace", "export", "benchmark"]
 

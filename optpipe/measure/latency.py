@@ -80,6 +80,10 @@ class Bench:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all workers; the next comparison starts new ones."""
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
@@ -93,7 +97,10 @@ class Bench:
         try:
             with machine_lock().timing():
                 samples = self._rounds(team, inputs)
-                memory = max(self._worker(subject, r).peak_memory_bytes for r in range(self.settings.replicas))
+                memory = max(self._worker(subject, replica).peak_memory_bytes for replica in self._replicas())
+        except MeasureError:
+            self.close()  # one that died or hangs must not be asked again
+            raise
         finally:
             self._close(subject, unless=references)
         medians = _medians(samples)
@@ -161,7 +168,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
-                env={**os.environ, "OMP_NUM_THREADS": str(contender.threads), "PYTHONPATH": os.pathsep.join(sys.path)},
+                env=_environment(contender.threads),
             )
         self._is_ready = False
 
@@ -211,6 +218,12 @@ class Worker:
             f"the process that timed the model in {self.contender.runtime} {what} (exit code {code}); "
             f"its last words: {last_words[0]}"
         )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The parent's environment, without what it set for its own training, and with its import path."""
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return {**inherited, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _medians(samples: list[list[list[list[float]]]]) -> NDArray[np.float64]:

@@ -104,8 +104,8 @@ class Measurer:
         if current is not None and current.NAME == engine.TAKES:
             return Contender(folder, self.target.runtime, threads), False
         preview = folder / "preview"
-        if not preview.exists():
-            preview.mkdir()
+        if not (preview.exists() and any(preview.iterdir())):
+            preview.mkdir(exist_ok=True)
             self._lower(model, preview, rewrite=True)
         return Contender(preview, self.target.runtime, threads), True
 
@@ -174,7 +174,7 @@ class Measurer:
             p50_ms=float(p50),
             p95_ms=float(p95),
             std_ms=float(times.std(ddof=1)),
-            throughput=batch_size / float(p50) * 1000,
+            throughput=batch_size / float(times.mean()) * 1000,
             speedup=speedup.value,
             speedup_ci95=speedup.ci95,
             speedup_same_runtime=same_runtime if isinstance(same_runtime, NotMeasured) else same_runtime.value,

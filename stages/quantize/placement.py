@@ -25,6 +25,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from optpipe.target import InstructionSet, Target
 
 aten = torch.ops.aten
+INT32_MAX = 2**31 - 1
 EPS = 2.0**-24  # smallest scale: torchao's default, 2^-12, is coarse for weights near zero
 
 # weight and bias are arguments 1 and 2
@@ -37,7 +38,8 @@ MOVING = {
     aten.max_pool2d.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.permute.default,
     aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default,
 }  # fmt: skip
-RELU = {aten.relu.default, aten.relu_.default}
+# the range of a quantised output can stand for these
+CLAMPING = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ def scheme(target: Target, signedness: str, observer: str) -> Scheme:
     """The types to use on `target`; signedness "auto" takes what its instruction set multiplies fastest.
 
     x86 multiplies unsigned by signed bytes; without a dot-product instruction it adds pairs of products in int16,
-    which saturates unless weights keep to 7 bits (ONNX Runtime's documentation calls this reduce_range). Arm, and
-    AVX-VNNI-INT8, multiply signed by signed.
+    which saturates unless weights keep to 7 bits (ONNX Runtime's documentation calls this reduce_range). Signed by
+    signed is for Arm: on x86 ONNX Runtime leaves a signed convolution with relu in float.
     """
     instructions = target.int8_instructions()
-    signed = instructions in (InstructionSet.neon, InstructionSet.neon_dotprod, InstructionSet.avx_vnni_int8)
+    signed = instructions in (InstructionSet.neon, InstructionSet.neon_dotprod)
     name = signedness if signedness != "auto" else "s8s8" if signed else "u8s8"
     reduce_range = name == "u8s8" and instructions is InstructionSet.avx2
     reason = f"{'chosen for' if signedness == 'auto' else 'asked for; the target has'} {instructions.value}"
@@ -144,7 +146,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         What the graph returns stays float: the engine multiplies in integers and writes the result unrounded.
         """
         last = node
-        if (relu := _only_user(node)) is not None and relu.target in RELU:
+        if (relu := _only_user(node)) is not None and relu.target in CLAMPING:
             last = relu
         output = None if any(user.op == "output" for user in last.users) else self.scheme.activation_spec
         node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
@@ -163,6 +165,37 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         )
 
 
+def make_room_for_biases(prepared: GraphModule) -> int:
+    """Widen the weight ranges of calibrated observers where a bias would not fit; return how many channels that took.
+
+    A bias is stored in int32 in steps of (activation scale · weight scale). Where a channel's weights are next to zero
+    that step is so small that int32 would clip the bias, and with it the channel's whole output.
+    """
+    widened = 0
+    for node in prepared.graph.nodes:
+        if node.target not in WEIGHTED or len(node.args) < 3:
+            continue
+        bias: Any = node.args[2]
+        if not isinstance(bias, Node) or bias.op != "call_module":
+            continue
+        activation_observer, weight_observer = (_attribute(prepared, arg.target) for arg in node.args[:2])
+        activation_scale, _ = activation_observer.calculate_qparams()
+        values = _attribute(prepared, bias.args[0].target).detach()
+        limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max
+        low, high = weight_observer.min_val, weight_observer.max_val
+        widened += int((limit > torch.maximum(high, -low)).sum())
+        high.copy_(torch.maximum(high, limit))
+        low.copy_(torch.minimum(low, -limit))
+    return widened
+
+
+def _attribute(module: Any, path: Any) -> Any:
+    """The submodule or tensor at a dotted path."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
 def _bias_spec(node: Node, activation: Node, weight: Node) -> DerivedQuantizationSpec:
     """int32, with the scale of the products that it is added to; without it ONNX Runtime leaves Gemm in float."""
 
@@ -176,8 +209,8 @@ def _bias_spec(node: Node, activation: Node, weight: Node) -> DerivedQuantizatio
         derived_from=[(activation, node), (weight, node)],
         derive_qparams_fn=scale_of_products,
         dtype=torch.int32,
-        quant_min=-(2**31),
-        quant_max=2**31 - 1,
+        quant_min=-INT32_MAX,
+        quant_max=INT32_MAX,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
     )
@@ -194,7 +227,7 @@ def _is_float_tensor(value: Any) -> bool:
 
 
 def _is_quantised(node: Any) -> bool:
-    """Whether the values of `node` are quantised already, as an operator's output or as its input."""
+    """Whether the values that `node` gives are quantised."""
     if not isinstance(node, Node):
         return False
     annotation = node.meta.get(Q_ANNOTATION_KEY)

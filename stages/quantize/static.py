@@ -49,10 +49,10 @@ class Static:
         from optpipe.lower import trace
         from optpipe.progress import quiet
 
-        with quiet("torch.utils._pytree"):  # torchao registers its types in a deprecated way
+        with quiet("torch.utils._pytree", "torchao"):  # about its own insides
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-            from .placement import OnnxRuntimeQuantizer, scheme
+            from .placement import OnnxRuntimeQuantizer, make_room_for_biases, scheme
 
         graph = trace(model, ctx.task).module(check_guards=False)
         chosen = scheme(ctx.target, self.signedness.value, self.observer.value)
@@ -61,6 +61,10 @@ class Static:
         batches = self._calibrate(prepared, ctx)
         if not quantizer.num_compute:
             raise StageError("this model has no convolution, linear layer or matrix product that could run in int8")
+        if widened := make_room_for_biases(prepared):
+            ctx.note(
+                f"{widened} channels with next to no weights got a coarser scale, so that their bias fits in int32"
+            )
         ctx.record(compute_operators=quantizer.num_compute, calibration_batches=batches, scheme=chosen.name)
         ctx.note(f"{quantizer.num_compute} operators in int8, {chosen.name}: {chosen.reason}")
         quantised: nn.Module = convert_pt2e(prepared)
