@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130
-TABLE_WIDTH = 140  # where the output is no terminal
+TABLE_WIDTH = 150  # where the output is no terminal
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optpipe.errors import OptpipeError
+from optpipe.report import Final, Measurement, NotMeasured
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,9 +25,9 @@ class Result:
     folder: Path
     report: Report
     model: DeployedModel  # NumPy arrays in and out
-    size_reduction: float  # bytes of the given weights / bytes of the deployed file
-    latency: Latency  # at batch 1 on the target, with `speedup` against the given model
-    quality_delta: float  # a point is 0.01
+    size_reduction: float | NotMeasured  # bytes of the given weights / bytes of the deployed file
+    latency: Latency | NotMeasured  # at batch 1 on the target, with `speedup` against the given model
+    quality_delta: float | NotMeasured  # a point is 0.01
 
 
 def optimize(
@@ -51,7 +51,6 @@ def optimize(
 
     from optpipe import compose, execute
     from optpipe.manifest import load
-    from optpipe.report import Measurement, NotMeasured
 
     started = time.perf_counter()
     command = compose.Command(
@@ -64,15 +63,21 @@ def optimize(
     folder.mkdir(parents=True, exist_ok=True)
     report = execute.execute(plan, folder, started, copy.deepcopy(model), task)
     baseline, final = report.baseline, report.final
-    assert isinstance(baseline, Measurement) and not isinstance(final, NotMeasured)
-    latency = final.measurement.headline()
-    if latency is None or isinstance(final.measurement.quality, NotMeasured):
-        raise OptpipeError(f"the final model could not be measured; {folder}/report.json says why")
+    assert isinstance(baseline, Measurement) and isinstance(final, Final)
+    measured = final.measurement
     return Result(
         folder=folder,
         report=report,
         model=load(folder),
-        size_reduction=baseline.size_bytes / final.measurement.size_bytes,  # type: ignore[operator]
-        latency=latency,
-        quality_delta=final.measurement.quality.delta,
+        size_reduction=_ratio(baseline.size_bytes, measured.size_bytes),
+        latency=measured.latency if isinstance(measured.latency, NotMeasured) else measured.latency[0],
+        quality_delta=NotMeasured("no quality")
+        if isinstance(measured.quality, NotMeasured)
+        else measured.quality.delta,
     )
+
+
+def _ratio(before: int | NotMeasured, after: int | NotMeasured) -> float | NotMeasured:
+    if isinstance(before, NotMeasured):
+        return before
+    return after if isinstance(after, NotMeasured) else before / after

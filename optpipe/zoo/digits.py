@@ -17,7 +17,7 @@ TEST_IMAGES = 450
 VALIDATION_IMAGES = 250
 CALIBRATION_IMAGES = 256
 MEAN, STD = 0.3053, 0.3760  # of the pixels, scaled to [0, 1]
-EPOCHS = 6
+EPOCHS = 5
 
 
 class BasicBlock(nn.Module):

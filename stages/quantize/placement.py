@@ -175,10 +175,12 @@ def make_room_for_biases(prepared: GraphModule) -> int:
     for node in prepared.graph.nodes:
         if node.target not in WEIGHTED or len(node.args) < 3:
             continue
-        bias: Any = node.args[2]
-        if not isinstance(bias, Node) or bias.op != "call_module":
+        arguments: Any = node.args[:3]
+        activation, weight, bias = arguments
+        if bias is None or bias.op != "call_module":
             continue
-        activation_observer, weight_observer = (_attribute(prepared, arg.target) for arg in node.args[:2])
+        activation_observer = _attribute(prepared, activation.target)
+        weight_observer = _attribute(prepared, weight.target)
         activation_scale, _ = activation_observer.calculate_qparams()
         values = _attribute(prepared, bias.args[0].target).detach()
         limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max

@@ -1,0 +1,93 @@
+"""The loop: what it does with a stage's result, with alternatives and with the budget. Nothing is timed here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import optpipe
+
+QUICK = ("target.instruction_set=neon", "tracking=none")
+BROKEN = "+clip@broken=broken"
+
+
+def run(project: Path, *overrides: str) -> Any:
+    return optpipe.optimize(
+        recipe="clip_int8", overrides=[*QUICK, *overrides], config_dir="my_conf", output=project / "run"
+    ).report
+
+
+def refused(project: Path, *overrides: str) -> str:
+    with pytest.raises(optpipe.StageError) as error:
+        run(project, *overrides)
+    return str(error.value)
+
+
+def test_a_stage_that_changed_nothing_says_so(project: Path) -> None:
+    report = run(project, "clip.limit=1000", "pipeline=[simplify,clip,trace]")
+    assert [stage.status for stage in report.stages] == ["ok", "unchanged", "ok"]
+    assert report.stages[1].measurement == report.stages[0].measurement
+
+
+def test_what_cannot_be_timed_here_says_why(project: Path) -> None:
+    report = run(project, "pipeline=[quantize,trace,export]")
+    for stage in report.stages:
+        assert "instruction set is neon" in stage.measurement.latency.not_measured
+        assert stage.measurement.size_bytes > 0
+    assert "s8s8: chosen for neon" in " ".join(report.stages[0].notes)
+
+
+def test_steps_before_the_export_have_the_size_of_a_preview(project: Path) -> None:
+    trace, export = run(project, "pipeline=[quantize,trace,export]").stages[1:]
+    assert trace.measurement.size_bytes == export.measurement.size_bytes
+    assert export.measurement.size_bytes == (project / "run" / "model" / "model.onnx").stat().st_size
+
+
+def test_first_of_takes_the_first_that_works_and_keeps_the_reasons(project: Path) -> None:
+    report = run(project, BROKEN, "pipeline=[{first_of:[broken,clip,quantize]},trace]")
+    stage = report.stages[0]
+    assert stage.key == "clip"
+    assert [(attempt.method, attempt.ok) for attempt in stage.attempts] == [("broken", False), ("clip", True)]
+    assert "raised KeyError" in stage.attempts[0].reason
+
+
+def test_best_of_tries_them_all_each_on_a_model_of_its_own(project: Path) -> None:
+    report = run(
+        project, "clip.limit=0.01", "pipeline=[{best_of:[[clip,quantize],quantize]},trace]", "budget.quality_drop=0.05"
+    )
+    stage = report.stages[0]
+    assert [attempt.ok for attempt in stage.attempts] == [False, True]
+    assert "quality_drop" in stage.attempts[0].reason
+    assert [result.key for result in report.stages] == ["quantize", "trace"]
+    assert report.status == "ok"
+
+
+def test_no_alternative_that_works_is_an_error_with_every_reason(project: Path) -> None:
+    text = refused(
+        project, BROKEN, "clip.limit=0.0001", "budget.quality_drop=0.01", "pipeline=[{first_of:[broken,clip]}]"
+    )
+    for part in ("no alternative of first_of worked", "'broken'", "raised KeyError", "'clip': quality_drop is"):
+        assert part in text
+
+
+def test_a_broken_budget_is_said(project: Path) -> None:
+    report = run(project, "clip.limit=0.001", "budget.quality_drop=0.01", "budget.size_bytes=10", "budget.p50_ms=1")
+    assert report.status == "over_budget"
+    assert len(report.budget.violations) == 3
+    assert "p50_ms was not measured" in " ".join(report.budget.violations)
+
+
+def test_the_policy_stop_ends_with_a_non_zero_exit_code(optpipe: Any) -> None:
+    words = ("+recipe=clip_int8", "--config-dir=my_conf", *QUICK, "budget.size_bytes=10", "pipeline=[trace,export]")
+    warned, stopped = optpipe(*words), optpipe(*words, "budget.policy=stop", "hydra.run.dir=outputs/other")
+    assert "over budget: size_bytes is" in warned.err and warned.code == 0
+    assert "over budget: size_bytes is" in stopped.err and stopped.code == 1
+
+
+def test_a_sweep_runs_every_combination(optpipe: Any, project: Path) -> None:
+    words = ("--multirun", "+recipe=clip_int8", "--config-dir", "my_conf", *QUICK)
+    done = optpipe(*words, "clip.limit=0.5,1.0", "pipeline=[clip,trace]")
+    assert done.code == 0, done.err
+    assert len(list((project / "outputs" / "sweeps").glob("*/*/report.json"))) == 2
