@@ -261,6 +261,8 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
     node = OmegaConf.select(config, parent)
     fields = [str(name) for name in node] if isinstance(node, DictConfig) else []
     kind = f"{parent} ({owner})" if owner else parent
+    if parent.endswith(".args"):
+        return f"'{override}': {parent} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
     hint = did_you_mean(key, fields) or (f"; it has {', '.join(fields)}" if fields else "")
     return f"'{override}': {kind} has no setting '{key}'{hint}"
 

@@ -46,7 +46,13 @@ class Context:
         self.notes.append(text)
 
     def time(self, model: Any, batch_sizes: Sequence[int], threads: Sequence[int]) -> list[Latency]:
-        """Time `model`, of any form, against the baseline on a grid in the target's runtime; the report shows it."""
+        """Time `model`, of any form, against the baseline on a grid in the target's runtime; the report shows it.
+
+        Empty, with a note that says why, where this machine cannot run what is placed for the target.
+        """
+        if not self.target.is_host:
+            self.note(f"nothing was timed: {self.target.elsewhere()}")
+            return []
         found = self.measurer.latencies(model, self.dir, batch_sizes, threads)
         self.latencies.extend(found)
         return found

@@ -31,7 +31,7 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: T
         "schema": 1,
         "form": form_name,
         "files": files,
-        "runtime": target.runtime if runtime(target.runtime).TAKES == form_name else form_name,
+        "runtime": target.runtime if runtime(target.runtime).TAKES == form_name else "torch",
         **_signature(folder, form_name, task),
         "target": {
             "runtime": target.runtime,

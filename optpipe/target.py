@@ -42,6 +42,10 @@ class Target:
         """Whether this machine can execute what is placed for the target."""
         return self.instruction_set in (InstructionSet.host, *host_instruction_sets())
 
+    def elsewhere(self) -> str:
+        """Why nothing can be timed here, for a target that is not this machine."""
+        return f"the target's instruction set is {self.instruction_set.value}, which this machine does not have"
+
     def int8_instructions(self) -> InstructionSet:
         """The instruction set to place int8 for."""
         return host_instruction_sets()[0] if self.instruction_set is InstructionSet.host else self.instruction_set

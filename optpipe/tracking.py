@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,6 +75,7 @@ class MlflowTracker:
         self.settings, self.root = settings, root
         self._run_id = ""
         self._experiment_id = ""
+        self._steps = 0
 
     def start(self, config: dict[str, Any], folder: Path) -> str:
         """Open the parent run and return its id."""
@@ -82,7 +84,7 @@ class MlflowTracker:
 
             self._client = MlflowClient(self._uri())
             self._experiment_id = self._experiment()
-        name = f"{config.get('recipe') or 'pipeline'} {folder.name}"
+        name = f"{config.get('recipe') or 'pipeline'} {datetime.now():%m-%d %H:%M:%S}"
         run = self._client.create_run(self._experiment_id, run_name=name, tags={"optpipe.folder": str(folder)})
         self._run_id = str(run.info.run_id)
         self._log(self._run_id, params=_flat(config))
@@ -91,20 +93,26 @@ class MlflowTracker:
 
     def baseline(self, measurement: Measurement) -> None:
         """The baseline's figures, as `baseline/…`."""
-        self._log(self._run_id, metrics=_prefixed("baseline", _metrics(measurement)))
+        metrics = _metrics(measurement)
+        self._log(self._run_id, metrics=_prefixed("baseline", metrics))
+        self._log(self._run_id, metrics=_headline(metrics), step=0)
 
     def stage(self, result: StageResult) -> None:
         """A nested run with the stage's figures, which the parent has too, as `quantize/…`."""
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         tags = {MLFLOW_PARENT_RUN_ID: self._run_id, "optpipe.stage": result.stage, "optpipe.status": result.status}
-        run = self._client.create_run(self._experiment_id, run_name=result.key, tags=tags)
+        ended = int(time.time() * 1000)
+        started = ended - int(result.seconds * 1000)
+        run = self._client.create_run(self._experiment_id, start_time=started, run_name=result.key, tags=tags)
         metrics = {"seconds": result.seconds, **_metrics(result.measurement)}
         self._log(run.info.run_id, metrics=metrics, params=_flat(result.facts))
         if result.notes:
             self._client.set_tag(run.info.run_id, "mlflow.note.content", "\n\n".join(result.notes))
-        self._client.set_terminated(run.info.run_id, "FAILED" if result.status == "failed" else "FINISHED")
+        self._client.set_terminated(run.info.run_id, "FAILED" if result.status == "failed" else "FINISHED", ended)
         self._log(self._run_id, metrics=_prefixed(result.key, metrics))
+        self._steps += 1
+        self._log(self._run_id, metrics=_headline(metrics), step=self._steps)
 
     def finish(self, report: Report, folder: Path) -> None:
         """The final figures, report and model, and how the run ended."""
@@ -128,13 +136,19 @@ class MlflowTracker:
         artifacts = None if self.settings.uri else (self.root / "mlruns").as_uri()
         return str(self._client.create_experiment(self.settings.experiment, artifact_location=artifacts))
 
-    def _log(self, run_id: str, metrics: dict[str, float] | None = None, params: dict[str, str] | None = None) -> None:
+    def _log(
+        self,
+        run_id: str,
+        metrics: dict[str, float] | None = None,
+        params: dict[str, str] | None = None,
+        step: int = 0,
+    ) -> None:
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
         self._client.log_batch(
             run_id,
-            metrics=[Metric(name, value, now, 0) for name, value in (metrics or {}).items()],
+            metrics=[Metric(name, value, now, step) for name, value in (metrics or {}).items()],
             params=[Param(name, value) for name, value in (params or {}).items()],
         )
 
@@ -178,6 +192,11 @@ def _metrics(measurement: Measurement | NotMeasured) -> dict[str, float]:
         for entry in measurement.latency:
             metrics[f"{entry.runtime}_b{entry.batch_size}_t{entry.threads}_p50_ms"] = entry.p50_ms
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _headline(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures that a parent run has by their bare names too, so that they share columns with its stages' runs."""
+    return {name: metrics[name] for name in ("size_bytes", "quality", "p50_ms", "speedup") if name in metrics}
 
 
 def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:

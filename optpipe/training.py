@@ -113,7 +113,7 @@ def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batche
         held = max(1, round(len(order) * share))
         shuffle = isinstance(batches.sampler, torch.utils.data.RandomSampler)
         return _part(batches, order[held:], shuffle), _part(batches, order[:held], False)
-    every = max(2, round(1 / share))
+    every = max(2, min(round(1 / share), sum(1 for _ in batches)))
     return _Every(batches, every, held=False), _Every(batches, every, held=True)
 
 

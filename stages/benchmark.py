@@ -27,6 +27,7 @@ class Latency:
 
     def run(self, model: Any, ctx: Context) -> Any:
         grid = ctx.time(model, self.batch_sizes or ctx.target.batch_sizes, self.threads or [ctx.target.threads])
-        slower = [entry for entry in grid if entry.verdict != "faster"]
-        ctx.note(f"{len(grid) - len(slower)} of {len(grid)} grid points are faster than the baseline as it came in")
+        if grid:
+            faster = sum(entry.verdict == "faster" for entry in grid)
+            ctx.note(f"{faster} of {len(grid)} grid points are faster than the baseline as it came in")
         return model

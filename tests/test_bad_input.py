@@ -11,7 +11,7 @@ from typing import Any
 import my_network
 import pytest
 import torch
-from command import start
+from command import finish, start
 from torch import nn
 
 import optpipe
@@ -38,8 +38,8 @@ def refused(project: Path, *overrides: str, model: Any = None, task: Any = None)
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["data.args.empty=calibration"], ["the calibration split is empty"]),
-        (["data.args.empty=test"], ["the test split is empty"]),
+        (["+data.args.empty=calibration"], ["the calibration split is empty"]),
+        (["+data.args.empty=test"], ["the test split is empty"]),
         (["model.args.hidden=32"], ["my_weights.safetensors", "does not fit Perceptron", "size mismatch"]),
         (["model.factory=my_network.perceptrn"], ["no callable 'perceptrn'", "did you mean 'perceptron'?"]),
         (["model.args.hidden=-1"], ["model.factory 'my_network.perceptron' raised"]),
@@ -122,7 +122,7 @@ def test_a_failed_run_exits_with_one_message_and_is_marked_in_mlflow(optpipe: An
 
 
 def test_ctrl_c_keeps_what_was_finished(project: Path, cache: Path) -> None:
-    words = ("+recipe=clip_int8", "--config-dir", "my_conf", ELSEWHERE, "+distill=logits", "distill.epochs=100000")
+    words = ("+recipe=clip_int8", "--config-dir", "my_conf", ELSEWHERE, "distill.epochs=100000")
     process = start(project, *words, "pipeline=[simplify,distill,trace,export]", cache=cache)
     folder = project / "outputs" / "runs"
     deadline = time.monotonic() + 120
@@ -130,8 +130,6 @@ def test_ctrl_c_keeps_what_was_finished(project: Path, cache: Path) -> None:
         time.sleep(0.2)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
-    from command import finish
-
     done = finish(process, project)
     assert done.code == 130
     assert "Interrupted" in done.err and "Traceback" not in done.err

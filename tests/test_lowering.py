@@ -67,7 +67,7 @@ def test_a_model_that_cannot_be_traced_says_why(images: Task) -> None:
 
 def test_parity_refuses_outputs_that_changed(images: Task) -> None:
     model = DigitsNet().eval()
-    with pytest.raises(StageError, match="the outputs changed by .* more than the 0.001 that float32 allows"):
+    with pytest.raises(StageError, match=r"the outputs changed by .* more than the 0\.001 that float32 allows"):
         parity.check(model, lambda x: model(x) * 1.01, images, int8=False)
     with pytest.raises(StageError, match="had shapes"):
         parity.check(model, lambda x: model(x)[:, :5], images, int8=False)

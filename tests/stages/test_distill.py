@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from optpipe.stages.distill import Logits
 from torch import nn
 
 from optpipe import StageError
-from optpipe.stages.distill import Logits
 from optpipe.training import hold_out
 
 
@@ -49,7 +49,7 @@ def test_a_student_with_other_outputs_is_refused(model, context) -> None:
 def test_a_loss_that_explodes_says_what_to_change(model, context) -> None:
     student = copy.deepcopy(model)
     student.head[3].weight.data.mul_(float("inf"))
-    with pytest.raises(StageError, match="the loss became .* in epoch 1; lower learning_rate"):
+    with pytest.raises(StageError, match=r"the loss became .* in epoch 1; lower learning_rate"):
         Logits(epochs=1).run(student, context(model))
 
 
