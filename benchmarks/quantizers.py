@@ -28,8 +28,6 @@ import onnx
 import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from optpipe.stages.prune import Channels  # type: ignore[import-not-found]
-from optpipe.stages.quantize.static import Signedness, Static  # type: ignore[import-not-found]
 from torch import Tensor, nn
 
 from optpipe.context import Context
@@ -42,6 +40,8 @@ from optpipe.measure.measurer import Measurer
 from optpipe.measure.settings import Measure
 from optpipe.progress import say
 from optpipe.runtimes.onnxruntime import session_options
+from optpipe.stages.prune import Channels  # type: ignore[import-not-found]
+from optpipe.stages.quantize.static import Signedness, Static  # type: ignore[import-not-found]
 from optpipe.target import InstructionSet, Target
 from optpipe.task import Task, batch_of
 from optpipe.zoo import digits

@@ -133,7 +133,11 @@ class MlflowTracker:
         found = self._client.get_experiment_by_name(self.settings.experiment)
         if found is not None:
             return str(found.experiment_id)
-        artifacts = None if self.settings.uri else (self.root / "mlruns").as_uri()
+        artifacts = None
+        if self.settings.uri is None:
+            folder = self.root / "mlruns"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            artifacts = folder.as_uri()
         return str(self._client.create_experiment(self.settings.experiment, artifact_location=artifacts))
 
     def _log(

@@ -75,7 +75,7 @@ def test_the_parent_sleeps_while_a_worker_measures(tmp_path: Path, batch: Path) 
     import time
 
     model = contender(tmp_path / "model", nn.Linear(512, 512))
-    with Bench(Measure(replicas=1, max_seconds=3, min_rounds=60), tmp_path / "logs") as bench:
+    with Bench(Measure(replicas=1, max_seconds=2, min_rounds=20), tmp_path / "logs") as bench:
         bench.compare(model, [], batch)
         wall, cpu = time.perf_counter(), time.process_time()
         bench.compare(model, [], batch)

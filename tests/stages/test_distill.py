@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from optpipe.stages.distill import Logits
 from torch import nn
 
 from optpipe import StageError
+from optpipe.stages.distill import Logits
 from optpipe.training import hold_out
 
 

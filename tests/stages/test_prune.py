@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from optpipe.stages.prune import Channels
 from torch import nn
 
 from optpipe import StageError
+from optpipe.stages.prune import Channels
 
 
 def widths(model: nn.Module) -> list[int]:

@@ -7,11 +7,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from optpipe.stages.quantize.static import Observer, Signedness, Static
 from torch import nn
 
 from optpipe import StageError, lower
 from optpipe.forms import form
+from optpipe.stages.quantize.static import Observer, Signedness, Static
 from optpipe.target import InstructionSet
 
 
@@ -63,7 +63,6 @@ def test_a_channel_without_weights_keeps_its_bias(context, task) -> None:
 )
 def test_types_follow_the_instruction_set(instructions: str, name: str, bits: int) -> None:
     from optpipe.stages.quantize.placement import scheme
-
     from optpipe.target import Target
 
     chosen = scheme(Target(instruction_set=InstructionSet(instructions)), "auto", "histogram")

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optpipe.stages.simplify import Standard
 from torch import nn
 
 from optpipe import StageError
+from optpipe.stages.simplify import Standard
 
 
 def kinds(model: nn.Module) -> set[str]:
