@@ -72,23 +72,25 @@ def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | N
     from optpipe.progress import log
 
     started, hydra_config = _started(), HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
     try:
         plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject)
-        report = execute.execute(plan, Path(hydra_config.runtime.output_dir), started)
-        outcome["code"] = _show(report, Path(hydra_config.runtime.output_dir))
+        report = execute.execute(plan, folder, started)
+        outcome["code"] = _show(report, folder)
         return None
     except (OptpipeError, OSError) as error:
         log.exception("the run failed")
         if command.is_sweep:
             raise
+        if isinstance(error, OSError):
+            error.add_note(f"the run's folder is {folder}; free space there, or choose another with hydra.run.dir=…")
         outcome["code"] = _say_error(error)
     except KeyboardInterrupt:
         if command.is_sweep:
             raise
         from optpipe.progress import console
 
-        console.print("Interrupted; what was finished is in", hydra_config.runtime.output_dir, markup=False)
+        console.print(f"Interrupted; what was finished is in {folder}", markup=False)
         outcome["code"] = EXIT_INTERRUPTED
     return None
 
@@ -120,7 +122,10 @@ def _show(report: Any, folder: Path) -> int:
 
 
 def _say_error(error: BaseException) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    from optpipe.errors import OptpipeError
+
+    notes = [] if isinstance(error, OptpipeError) else getattr(error, "__notes__", [])
+    print("\n  ".join([f"{type(error).__name__}: {error}", *notes]), file=sys.stderr)
     return EXIT_PROBLEM
 
 

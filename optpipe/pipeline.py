@@ -64,11 +64,17 @@ def run(plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker
         finally:
             report.seconds = time.perf_counter() - started
             report.overhead_seconds = report.seconds - loop.measurer.seconds - sum(s.seconds for s in report.stages)
-            try:
-                report.write(folder)
-            finally:
-                tracker.finish(report, folder)
+            _write(report, folder)
+            tracker.finish(report, folder)
     return report
+
+
+def _write(report: Report, folder: Path) -> None:
+    """Write report.json; on a full disk say so, and let the error that ended the run be the one that is shown."""
+    try:
+        report.write(folder)
+    except OSError as error:
+        say(f"report.json could not be written to {folder}: {error}")
 
 
 class Loop:

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+from optpipe.errors import RecipeError
 from optpipe.machine import user_cache
 from optpipe.report import Measurement, NotMeasured, Report, StageResult
 
@@ -78,12 +79,20 @@ class MlflowTracker:
         self._steps = 0
 
     def start(self, config: dict[str, Any], folder: Path) -> str:
-        """Open the parent run and return its id."""
+        """Open the parent run and return its id. Raises RecipeError if the store cannot be opened."""
         with _one_at_a_time(), _private_files():
             from mlflow import MlflowClient
+            from mlflow.exceptions import MlflowException
 
-            self._client = MlflowClient(self._uri())
-            self._experiment_id = self._experiment()
+            try:
+                self._client = MlflowClient(self._uri())
+                self._experiment_id = self._experiment()
+            except MlflowException as error:
+                reason = str(error).splitlines()[0]
+                problem = (
+                    f"the MLflow store {self._uri()} cannot be used ({reason}); mend tracking.uri, or tracking=none"
+                )
+                raise RecipeError([problem]) from error
         name = f"{config.get('recipe') or 'pipeline'} {datetime.now():%m-%d %H:%M:%S}"
         run = self._client.create_run(self._experiment_id, run_name=name, tags={"optpipe.folder": str(folder)})
         self._run_id = str(run.info.run_id)
@@ -121,7 +130,8 @@ class MlflowTracker:
             self._log(self._run_id, metrics=_prefixed("final", _metrics(final.measurement)))
             self._client.log_artifacts(self._run_id, str(folder / "model"), "model")
         self._client.set_tag(self._run_id, "optpipe.status", report.status)
-        self._client.log_artifact(self._run_id, str(folder / "report.json"))
+        if (folder / "report.json").exists():
+            self._client.log_artifact(self._run_id, str(folder / "report.json"))
         killed = report.error == "KeyboardInterrupt"
         status = "KILLED" if killed else "FAILED" if report.status == "failed" else "FINISHED"
         self._client.set_terminated(self._run_id, status)
