@@ -27,11 +27,14 @@ def execute(
     """
     from optpipe import pipeline, preflight
 
+    begin = time.perf_counter()
     task = sources.build_task(plan.data, plan.subject) if task is None else task
     model = sources.build_model(plan.model, plan.subject) if model is None else model
+    model_seconds = time.perf_counter() - begin
     preflight.check(model, task, plan.subject)
     plan = replace(plan, device=_resolved(plan.device))
-    return pipeline.run(plan, model, task, folder, tracking.tracker(plan.tracking, Path.cwd()), started)
+    tracker = tracking.tracker(plan.tracking, Path.cwd())
+    return pipeline.run(plan, model, task, folder, tracker, started, model_seconds)
 
 
 def _resolved(device: str) -> str:
@@ -52,8 +55,3 @@ def describe(plan: Plan) -> str:
     lines.append(f"  budget: {limits or 'no limits'}; model: {plan.model.factory}; data: {plan.data.factory}")
     lines.append("  nothing was run (dry_run=true)")
     return "\n".join(lines)
-
-
-def now() -> float:
-    """The clock that `started` is read from."""
-    return time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from optpipe.report import Attempt, BudgetReport, Final, Measurement, NotMeasure
 from optpipe.task import Task
 from optpipe.tracking import Tracker
 
+FULL_DISK_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class State:
@@ -41,16 +44,20 @@ class State:
         return replace(self, model=self.form.load(self.folder))
 
 
-def run(plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker, started: float) -> Report:
+def run(
+    plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker, started: float, model_seconds: float
+) -> Report:
     """Take `model` through `plan` and leave report.json and model/ in `folder`.
 
     started: time.perf_counter() when this run began, before imports and composition.
+    model_seconds: of the time since, what making the model and the task took.
     Raises StageError for the step that failed; report and tracking are finished before.
     """
     report = Report(
         recipe=plan.recipe,
         overrides=plan.overrides,
         environment=environment(),
+        model_seconds=model_seconds,
         budget=BudgetReport(limits=plan.budget.limits(), policy=plan.budget.policy.value),
     )
     report.mlflow_run_id = tracker.start({"recipe": plan.recipe, **plan.config}, folder)
@@ -63,7 +70,9 @@ def run(plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker
             raise
         finally:
             report.seconds = time.perf_counter() - started
-            report.overhead_seconds = report.seconds - loop.measurer.seconds - sum(s.seconds for s in report.stages)
+            report.measuring_seconds = loop.measurer.seconds
+            known = report.model_seconds + report.measuring_seconds + sum(stage.seconds for stage in report.stages)
+            report.overhead_seconds = report.seconds - known
             _write(report, folder)
             tracker.finish(report, folder)
     return report
@@ -129,6 +138,8 @@ class Loop:
             result.notes.append(f"{type(error).__name__}: {error}")
             raised = StageError(f"stage '{step.info.name}' raised {type(error).__name__}: {error}")
             raised.add_note(self._place(step, folder))
+            if shutil.disk_usage(folder).free < FULL_DISK_BYTES:  # torch then raises errors that do not say so
+                raised.add_note("the disk of that folder is full; free space, or choose another with hydra.run.dir=…")
             raise raised from error
         except KeyboardInterrupt:
             result.notes.append("interrupted")

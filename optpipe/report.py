@@ -139,7 +139,9 @@ class Report:
     schema: int = SCHEMA
     mlflow_run_id: str = ""
     seconds: float = 0.0
-    overhead_seconds: float = 0.0  # of `seconds`, what neither a stage nor measuring took
+    model_seconds: float = 0.0  # of `seconds`, what making (or training) the incoming model and its data took
+    measuring_seconds: float = 0.0  # of `seconds`, what measuring and previews took
+    overhead_seconds: float = 0.0  # of `seconds`, what is left beside those and the stages' own
     baseline: Measurement | NotMeasured = field(default_factory=lambda: NotMeasured("the run ended before"))
     stages: list[StageResult] = field(default_factory=list)
     final: Final | NotMeasured = field(default_factory=lambda: NotMeasured("the run ended before"))
