@@ -25,10 +25,11 @@ TABLE_WIDTH = 150  # where the output is no terminal
 def main() -> None:
     """Run optpipe with the words of the command line; exit with 1 if it could not do what they ask."""
     from optpipe import compose, execute
+    from optpipe.command import read
     from optpipe.errors import OptpipeError
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
-    command = compose.read(sys.argv[1:])
+    command = read(sys.argv[1:])
     try:
         compose.prepare(command)
         if not command.is_question:

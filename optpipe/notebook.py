@@ -50,12 +50,11 @@ def optimize(
     import time
 
     from optpipe import compose, execute
+    from optpipe.command import Command
     from optpipe.manifest import load
 
     started = time.perf_counter()
-    command = compose.Command(
-        overrides=[f"+recipe={recipe}", *overrides], config_dir=Path(config_dir) if config_dir else None
-    )
+    command = Command(overrides=[f"+recipe={recipe}", *overrides], config_dir=Path(config_dir) if config_dir else None)
     compose.prepare(command)
     config = compose.composed(command.overrides, command)
     plan = compose.plan(config, recipe=recipe, overrides=command.overrides, subject=command.subject)

@@ -161,11 +161,14 @@ class Loop:
         model = after_form.load(folder)
         result.form = after_form.NAME
         if after_form is not before.form:
-            int8 = parity.is_quantised(before.model)
-            check = parity.check(
-                before.form.as_callable(before.model), after_form.as_callable(model), self.task, int8=int8
+            reference = before.reloaded().model  # the stage may have changed the one that it was given
+            same = parity.check(
+                before.form.as_callable(reference),
+                after_form.as_callable(model),
+                self.task,
+                int8=parity.is_quantised(reference),
             )
-            result.notes.append(check.note())
+            result.notes.append(same.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash
         measurement = before.measurement if unchanged else self.measurer.measure(model, folder)
@@ -202,6 +205,7 @@ class Loop:
         """The first branch that runs inside the budget, or the fastest of all that do."""
         attempts: list[Attempt] = []
         done: list[tuple[float, State, list[StageResult]]] = []
+        tried: list[StageResult] = []
         kept = len(self.report.stages)
         for number, branch in enumerate(choice.branches, 1):
             method = "+".join(step.key for step in branch)
@@ -216,11 +220,13 @@ class Loop:
             attempts.append(Attempt(method=method, ok=not broken, reason="; ".join(broken) or _figures(state)))
             results = self.report.stages[kept:]
             del self.report.stages[kept:]
+            tried += results
             if not broken:
                 done.append((latency.speedup if latency else 0.0, state, results))
                 if choice.how == "first_of":
                     break
         if not done:
+            self.report.stages.extend(tried)
             reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
             raise StageError(f"no alternative of {choice.how} worked: {reasons}")
         _, state, results = max(done, key=lambda item: item[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from optpipe import compose
+from optpipe.command import read
 from optpipe.errors import RecipeError
 from optpipe.plan import Choice
 
@@ -16,7 +17,7 @@ EDGE = "+recipe=edge_int8"
 
 
 def plans(*words: str):
-    command = compose.read(words)
+    command = read(words)
     compose.prepare(command)
     return compose.check(command)
 
@@ -97,7 +98,7 @@ def test_every_value_of_a_sweep_is_checked() -> None:
 
 
 def test_overrides_may_follow_flags() -> None:
-    command = compose.read(["--config-dir", "somewhere", EDGE, "--multirun", "seed=1,2"])
+    command = read(["--config-dir", "somewhere", EDGE, "--multirun", "seed=1,2"])
     assert command.argv() == [EDGE, "seed=1,2", "--config-dir", "somewhere", "--multirun"]
     assert command.config_dir == Path("somewhere") and command.is_sweep
 

@@ -1,0 +1,78 @@
+"""A command line, taken apart: flags for Hydra, overrides, and what optpipe must know before Hydra starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
+FLAGS_WITH_VALUE |= {"--experimental-rerun"}
+
+
+@dataclass(kw_only=True)
+class Command:
+    """A command line, taken apart."""
+
+    flags: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    config_dir: Path | None = None
+
+    @property
+    def recipe(self) -> str:
+        return next((o.split("=", 1)[1] for o in self.overrides if re.match(r"\+?recipe=", o)), "")
+
+    @property
+    def subject(self) -> str:
+        return f"+recipe={self.recipe}" if self.recipe else "this run"
+
+    @property
+    def is_question(self) -> bool:
+        """Whether it only asks Hydra for help or information."""
+        asked = (
+            "--help",
+            "-h",
+            "--hydra-help",
+            "--version",
+            "--info",
+            "-i",
+            "--cfg",
+            "-c",
+            "--shell-completion",
+            "-sc",
+        )
+        return any(flag.split("=")[0] in asked for flag in self.flags)
+
+    @property
+    def is_sweep(self) -> bool:
+        return "--multirun" in self.flags or "-m" in self.flags
+
+    @property
+    def output_root(self) -> Path:
+        """The folder that the run's own folder will lie in, as far as it can be known before the run."""
+        key = "hydra.sweep.dir=" if self.is_sweep else "hydra.run.dir="
+        given = next((o.split("=", 1)[1] for o in self.overrides if o.startswith(key)), "outputs")
+        return Path(given.split("${")[0])
+
+    def argv(self) -> list[str]:
+        """Overrides first: Hydra does not parse those that follow a flag with a value."""
+        return [*self.overrides, *self.flags]
+
+
+def read(argv: Sequence[str]) -> Command:
+    """Take a command line apart, whatever the order of flags and overrides."""
+    command, rest = Command(), list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            command.overrides.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        command.flags.append(word)
+        if name in FLAGS_WITH_VALUE and not equals and rest:
+            value = rest.pop(0)
+            command.flags.append(value)
+        if name in ("--config-dir", "-cd"):
+            command.config_dir = Path(value)
+    return command
