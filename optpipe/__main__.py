@@ -110,7 +110,7 @@ def _show(report: Any, folder: Path) -> int:
     """Print what came out; the exit code is 1 if the budget was broken and its policy is `stop`."""
     from rich.console import Console
 
-    from optpipe.report import table
+    from optpipe.report.console import table
 
     console = Console(highlight=False)
     if not console.is_terminal:

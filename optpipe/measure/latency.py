@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from optpipe.errors import OptpipeError
 from optpipe.machine import machine_lock
 from optpipe.measure.settings import Measure
+from optpipe.report.schema import Verdict
 
-Verdict = Literal["faster", "slower", "same"]
 BOOTSTRAP_SAMPLES = 2000
 
 

@@ -1,0 +1,47 @@
+"""The run as a table for the console."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optpipe.report.schema import Latency, Measurement, NotMeasured, Report
+
+
+def table(report: Report) -> Any:
+    """The run as a rich table: a row for the baseline in each runtime, and one per step."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    title = f"{report.recipe or 'pipeline'}: {report.status}; latency at batch 1 on the target"
+    view = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("step", "status", "s"):
+        view.add_column(column, justify="right" if column == "s" else "left", no_wrap=True)
+    for column in ("KB", "quality", "Δ points [95 %]", "p50 ms", "× faster [95 %]", "verdict", "× same runtime"):
+        view.add_column(column, justify="right", no_wrap=True)
+    if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
+        for entry in report.baseline.latency:
+            size, *figures = _figures(report.baseline, entry)
+            view.add_row(f"baseline, {entry.runtime}", "", "", size if entry.runtime == "torch" else "", *figures)
+        view.add_section()
+    for stage in report.stages:
+        name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
+        measurement = stage.measurement
+        figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
+        view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
+    return view
+
+
+def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:
+    size, quality = measurement.size_bytes, measurement.quality
+    cells = ["–" if isinstance(size, NotMeasured) else f"{size / 1000:.1f}"]
+    if isinstance(quality, NotMeasured):
+        cells += ["–", "–"]
+    else:
+        low, high = quality.delta_ci95
+        cells += [f"{quality.value:.2%}", f"{quality.delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"]
+    if latency is None:
+        return [*cells, "–", "–", "–", "–"]
+    low, high = latency.speedup_ci95
+    same = latency.speedup_same_runtime
+    shown = "–" if isinstance(same, NotMeasured) else f"{same:.2f}"
+    return [*cells, f"{latency.p50_ms:.3f}", f"{latency.speedup:.2f} [{low:.2f}, {high:.2f}]", latency.verdict, shown]
