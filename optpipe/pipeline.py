@@ -95,7 +95,7 @@ class Loop:
         self.plan, self.task, self.folder, self.tracker, self.report = plan, task, folder, tracker, report
         baseline_folder = folder / "00_baseline"
         baseline_folder.mkdir(parents=True, exist_ok=True)
-        self.measurer = Measurer(task, plan.target, plan.measure, baseline_folder, bench)
+        self.measurer = Measurer(task, plan.target, plan.measure, folder, bench)
         self.baseline = model.eval().requires_grad_(False)
         self.number = 0
 

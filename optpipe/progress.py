@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 log = logging.getLogger("optpipe")
@@ -27,6 +35,21 @@ def track(steps: Iterable[T], description: str, total: int | None = None) -> Ite
     """`steps`, with a progress bar while they are consumed."""
     with _bar() as bar:
         yield from bar.track(steps, total=total, description=description)
+
+
+@contextmanager
+def stepwise(description: str) -> Iterator[Callable[[], None]]:
+    """A line that counts the calls of what it yields. Redrawn only then: nothing runs beside what is being timed."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed} done"), TimeElapsedColumn())
+    shown = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+    with shown:
+        task = shown.add_task(description)
+
+        def step() -> None:
+            shown.advance(task)
+            shown.refresh()
+
+        yield step
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 import safetensors.torch
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the quantise operators that a graph may call
 from torch import fx, nn
 
 from optpipe.progress import quiet
@@ -33,8 +34,6 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def load(folder: Path) -> nn.Module:
-    import torch.ao.quantization.fx._decomposed  # registers the quantise operators that a graph may call
-
     with quiet("torch"):
         model: nn.Module = torch.load(folder / "module.pt", weights_only=False)
     return model

@@ -1,37 +1,32 @@
-"""Latency of models against one another: isolated worker processes, paired rounds of short blocks.
+"""Latency of models against one another: fresh, isolated processes, paired rounds of short blocks.
 
-Each contender runs in processes of its own, started once, and the parent sleeps while one of them works. A round is
-one block of calls of every contender; ratios are formed within rounds, so that whatever slows the machine for a while
-slows both sides. Intervals come from a bootstrap over worker processes and rounds (Davison & Hinkley 1997, §3.8).
+A replica is a fresh process of every contender. Within it they take turns in blocks of calls while the parent sleeps;
+ratios are formed within a round, so that whatever slows the machine for a while slows both sides. Replicas are added
+until the intervals are narrow or the time is up.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from optpipe.errors import OptpipeError
-from optpipe.machine import machine_lock
+from optpipe.machine import machine_lock, usable_cores
+from optpipe.measure.nursery import MeasureError, Nursery, Worker
 from optpipe.measure.settings import Measure
-from optpipe.report.schema import Verdict
+from optpipe.measure.statistics import Floats, Ratio, drift
+from optpipe.progress import stepwise
+from optpipe.report.schema import Callers, Sustained
 
-BOOTSTRAP_SAMPLES = 2000
-
-
-class MeasureError(OptpipeError):
-    """A worker process died or hung; the text holds its last words."""
+CALLERS_SECONDS = 0.5
+SPANS = 6  # that a sustained measurement is told in
+DRIFT = 0.1  # of a model's time within a replica: more is not settled
 
 
 @dataclass(frozen=True)
@@ -41,40 +36,53 @@ class Contender:
     folder: Path  # where its form was saved
     runtime: str
     threads: int
-    twin: bool = False  # in processes of its own although another contender is equal: for the noise floor
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """Time of a reference divided by time of the subject: above 1, the subject is faster."""
-
-    value: float
-    ci95: tuple[float, float]
-
-    def verdict(self, margin: float) -> Verdict:
-        """`faster` or `slower` only where the whole interval lies beyond the margin of equivalence."""
-        if self.ci95[0] > 1 + margin:
-            return "faster"
-        return "slower" if self.ci95[1] < 1 - margin else "same"
-
-
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """One subject timed against references in the same rounds. `ratios` is in the references' order."""
+    """A team of contenders timed on one batch. Indices are those of the team."""
 
-    milliseconds: NDArray[np.float64]  # every call of the subject
-    ratios: list[Ratio]
-    reference_milliseconds: list[NDArray[np.float64]]
-    peak_memory_bytes: int
+    team: list[Contender]
+    blocks: list[list[list[Floats]]] = field(default_factory=list)  # [replica][contender][round] ms of each call
+    load_ms: list[list[float]] = field(default_factory=list)  # [replica][contender]
+    first_call_ms: list[list[float]] = field(default_factory=list)  # [replica][contender]
+    peak_memory_bytes: list[int] = field(default_factory=list)  # [contender]
+    other_load_cores: float = 0.0
+
+    def milliseconds(self, contender: int) -> Floats:
+        """Every call of one contender, pooled."""
+        return np.concatenate([block for replica in self.blocks for block in replica[contender]])
+
+    def medians(self, contender: int) -> Floats:
+        """The median time of every block, shape (replicas, rounds)."""
+        return np.asarray([[float(np.median(block)) for block in replica[contender]] for replica in self.blocks])
+
+    def ratio(self, subject: int, reference: int) -> Ratio:
+        """How many times faster the subject is than the reference."""
+        return Ratio.of(self.medians(reference), self.medians(subject))
+
+    def ratios(self) -> list[Ratio]:
+        """Those of the first contender against each of the others."""
+        return [self.ratio(0, reference) for reference in range(1, len(self.team))]
+
+    def save(self, path: Path, names: Sequence[str]) -> None:
+        """Every call's time and the number of its replica: arrays `<name>` and `<name>_replica` of an .npz file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, np.ndarray] = {}
+        for i, name in enumerate(names):
+            counts = [sum(map(len, replica[i])) for replica in self.blocks]
+            arrays[name] = self.milliseconds(i)
+            arrays[f"{name}_replica"] = np.repeat(np.arange(len(counts)), counts)
+        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
 
 
 class Bench:
-    """Times models against one another. Workers of references live until the bench is closed."""
+    """Times models against one another. Nurseries, one per runtime, live until the bench is closed."""
 
     def __init__(self, settings: Measure, log_folder: Path) -> None:
         self.settings = settings
         self._log_folder = log_folder
-        self._workers: dict[tuple[Contender, int], Worker] = {}
+        self._nurseries: dict[str, Nursery] = {}
 
     def __enter__(self) -> Bench:
         return self
@@ -83,165 +91,154 @@ class Bench:
         self.close()
 
     def close(self) -> None:
-        """End all workers; the next comparison starts new ones."""
-        for worker in self._workers.values():
-            worker.close()
-        self._workers.clear()
+        """End all processes."""
+        for nursery in self._nurseries.values():
+            nursery.close()
+        self._nurseries.clear()
 
-    def compare(self, subject: Contender, references: Sequence[Contender], inputs: Path) -> Comparison:
-        """Time `subject` against `references` on the batch in the .npz file `inputs`.
+    def prepare(self, runtimes: Sequence[str]) -> None:
+        """Start importing `runtimes`, so that nobody waits for it later."""
+        for runtime in runtimes:
+            self._nursery(runtime)
 
-        Raises MeasureError if a worker dies, or is silent for longer than `timeout_seconds`.
+    def compare(self, team: Sequence[Contender], batches: Sequence[Path], what: str = "timing") -> list[Comparison]:
+        """Time the contenders against one another on each batch, an .npz file; one comparison per batch.
+
+        Replicas are added until the first contender's ratios to the others are known to `interval_width`.
+        Raises MeasureError if a worker dies or is silent for `timeout_seconds`, if the first contender's time does not
+        settle, or if the machine is too noisy to tell a ratio.
         """
-        team = [subject, *references]
-        try:
-            with machine_lock().timing():
-                samples = self._rounds(team, inputs)
-                memory = max(self._worker(subject, replica).peak_memory_bytes for replica in self._replicas())
-        except MeasureError:
-            self.close()  # one that died or hangs must not be asked again
-            raise
-        finally:
-            self._close(subject, unless=references)
-        medians = _medians(samples)
-        return Comparison(
-            milliseconds=_pooled(samples, 0),
-            ratios=[_ratio(medians[:, :, i] / medians[:, :, 0]) for i in range(1, len(team))],
-            reference_milliseconds=[_pooled(samples, i) for i in range(1, len(team))],
-            peak_memory_bytes=memory,
-        )
+        found = [Comparison(list(team)) for _ in batches]
+        with machine_lock().timing(), stepwise(what) as step:
+            load = OtherLoad()
+            deadline = time.monotonic() + self.settings.max_seconds
+            while not self._is_enough(found, deadline):
+                with ExitStack() as stack:
+                    workers = [stack.enter_context(closing(self._worker(contender))) for contender in team]
+                    self._replica(workers, batches, found)
+                    load.ours += sum(worker.cpu_seconds for worker in workers)
+                step()
+        for comparison in found:
+            comparison.other_load_cores = load.cores()
+            self._refuse_noise(comparison)
+        return found
 
-    def _rounds(self, team: list[Contender], inputs: Path) -> list[list[list[list[float]]]]:
-        """samples[round][replica][contender] = milliseconds of each call."""
-        samples: list[list[list[list[float]]]] = []
-        workers = [self._worker(contender, replica) for replica in self._replicas() for contender in team]
-        for worker in workers:  # they have started side by side; each warms up alone, outside the clock
-            worker.block(inputs, 0.0)
-        deadline = time.monotonic() + self.settings.max_seconds
-        while len(samples) < self.settings.min_rounds or time.monotonic() < deadline:
-            samples.append([self._round(team, replica, inputs, len(samples)) for replica in self._replicas()])
-            if len(samples) >= self.settings.min_rounds and self._is_narrow(samples):
-                break
-        return samples
+    def callers(self, contender: Contender, batch: Path, batch_size: int, counts: Sequence[int]) -> list[Callers]:
+        """Throughput and latency of one model under 1, 2, … threads that call it at once."""
+        found = []
+        with machine_lock().timing(), closing(self._worker(contender)) as worker:
+            _load(worker, contender, [batch])
+            for count in counts:
+                answer = worker.ask("callers", inputs=str(batch), seconds=CALLERS_SECONDS, count=count)
+                p50, p95 = np.percentile(answer["milliseconds"], [50, 95])
+                throughput = answer["calls"] * batch_size / answer["seconds"]
+                found.append(Callers(callers=count, throughput=throughput, p50_ms=float(p50), p95_ms=float(p95)))
+        return found
 
-    def _replicas(self) -> range:
-        return range(self.settings.replicas)
+    def sustained(self, contender: Contender, batch: Path, seconds: float) -> Sustained:
+        """One model called without a pause for `seconds`."""
+        medians: list[float] = []
+        with machine_lock().timing(), closing(self._worker(contender)) as worker, stepwise("sustained load") as step:
+            _load(worker, contender, [batch])
+            begin = time.monotonic()
+            for _ in range(SPANS):
+                answer = worker.ask("block", inputs=str(batch), seconds=seconds / SPANS)
+                medians.append(float(np.median(answer["milliseconds"])))
+                step()
+        return Sustained(seconds=time.monotonic() - begin, p50_ms=medians, drift=medians[-1] / medians[0])
 
-    def _round(self, team: list[Contender], replica: int, inputs: Path, number: int) -> list[list[float]]:
-        """One block of each contender, in turns from the front and from the back."""
-        order = range(len(team)) if number % 2 == 0 else reversed(range(len(team)))
-        blocks = {i: self._worker(team[i], replica).block(inputs, self.settings.block_seconds) for i in order}
-        return [blocks[i] for i in range(len(team))]
+    def _replica(self, workers: list[Worker], batches: Sequence[Path], found: list[Comparison]) -> None:
+        """Add one replica to every comparison."""
+        team = found[0].team
+        cores = _cores(len(found[0].blocks), max(contender.threads for contender in team))
+        loads = [_load(worker, contender, batches, cores) for worker, contender in zip(workers, team, strict=True)]
+        for i, comparison in enumerate(found):
+            comparison.load_ms.append([load for load, _ in loads])
+            comparison.first_call_ms.append([first[i] for _, first in loads])
+            blocks = self._rounds(workers, batches[i])
+            comparison.blocks.append(blocks)
+            peaks = [worker.peak_memory_bytes for worker in workers]
+            before = comparison.peak_memory_bytes or peaks
+            comparison.peak_memory_bytes = [max(pair) for pair in zip(before, peaks, strict=True)]
 
-    def _is_narrow(self, samples: list[list[list[list[float]]]]) -> bool:
-        medians = _medians(samples)
-        ratios = [_ratio(medians[:, :, i] / medians[:, :, 0]) for i in range(1, medians.shape[2])]
-        return all(r.ci95[1] - r.ci95[0] < self.settings.interval_width * r.value for r in ratios)
+    def _rounds(self, workers: list[Worker], batch: Path) -> list[list[Floats]]:
+        """Blocks in turns, from the front and from the back: [contender][round]."""
+        blocks: list[list[Floats]] = [[] for _ in workers]
+        for number in range(self.settings.rounds):
+            order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
+            for i in order:
+                answer = workers[i].ask("block", inputs=str(batch), seconds=self.settings.block_seconds)
+                blocks[i].append(np.asarray(answer["milliseconds"]))
+        return blocks
 
-    def _worker(self, contender: Contender, replica: int) -> Worker:
-        key = (contender, replica)
-        if key not in self._workers:
-            log = self._log_folder / f"worker_{len(self._workers)}.log"
-            self._workers[key] = Worker(contender, log, self.settings.timeout_seconds)
-        return self._workers[key]
+    def _is_enough(self, found: list[Comparison], deadline: float) -> bool:
+        if len(found[0].blocks) < self.settings.replicas:
+            return False
+        width = max((ratio.width for comparison in found for ratio in comparison.ratios()), default=0.0)
+        return width < self.settings.interval_width or time.monotonic() > deadline
 
-    def _close(self, subject: Contender, unless: Sequence[Contender]) -> None:
-        if subject not in unless:
-            for replica in self._replicas():
-                if worker := self._workers.pop((subject, replica), None):
-                    worker.close()
-
-
-class Worker:
-    """The parent's end of one measuring process."""
-
-    def __init__(self, contender: Contender, log: Path, timeout_seconds: float) -> None:
-        self.contender = contender
-        self.peak_memory_bytes = 0
-        self._timeout_seconds = timeout_seconds
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "optpipe.measure.worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
-                env=_environment(contender.threads),
+    def _refuse_noise(self, comparison: Comparison) -> None:
+        change = drift(comparison.medians(0) / comparison.medians(len(comparison.team) - 1))
+        if len(comparison.team) > 1 and abs(np.log(change)) > DRIFT:
+            raise MeasureError(
+                f"the model's time does not settle: within {self.settings.rounds} rounds it became {change:.2f} times "
+                "what it was, in every process; look for state that grows from call to call"
             )
-        self._is_ready = False
+        widest = max((ratio.width for ratio in comparison.ratios()), default=0.0)
+        if widest > self.settings.noise_limit:
+            raise MeasureError(
+                f"the machine is too noisy: after {len(comparison.blocks)} processes the 95 % interval of the ratio is "
+                f"{widest:.0%} wide, above measure.noise_limit={self.settings.noise_limit:g}; other programs kept "
+                f"{comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or raise "
+                "measure.max_seconds"
+            )
 
-    def block(self, inputs: Path, seconds: float) -> list[float]:
-        """Milliseconds of each call made within `seconds`, at least three."""
-        if not self._is_ready:
-            self._ask(runtime=self.contender.runtime, folder=str(self.contender.folder), threads=self.contender.threads)
-            self._is_ready = True
-        answer = self._ask(inputs=str(inputs), seconds=seconds)
-        self.peak_memory_bytes = int(answer["peak_memory_bytes"])
-        times: list[float] = answer["milliseconds"]
-        return times
+    def _worker(self, contender: Contender) -> Worker:
+        return self._nursery(contender.runtime).worker(self.settings.timeout_seconds)
 
-    def close(self) -> None:
-        """End the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, **request: object) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("died") from None
-        readable, _, _ = select.select([self._process.stdout], [], [], self._timeout_seconds)
-        if not readable:
-            self._process.kill()
-            raise self._failure(f"was silent for {self._timeout_seconds:g} s and was killed")
-        line = self._process.stdout.readline()
-        if not line:
-            raise self._failure("died")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _failure(self, what: str) -> MeasureError:
-        code = self._process.wait()
-        last_words = self._log.read_text(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-        return MeasureError(
-            f"the process that timed the model in {self.contender.runtime} {what} (exit code {code}); "
-            f"its last words: {last_words[0]}"
-        )
+    def _nursery(self, runtime: str) -> Nursery:
+        if runtime not in self._nurseries:
+            self._nurseries[runtime] = Nursery(runtime, self._log_folder)
+        return self._nurseries[runtime]
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The parent's environment, without what it set for its own training, and with its import path."""
-    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    return {**inherited, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+def _cores(replica: int, count: int) -> list[int]:
+    """The cores that all contenders of a replica share, other ones in the next; empty where there is no choice.
+
+    Of two virtual cores one can be half as fast for a second while a neighbour uses its other half. A contender that
+    happened to stay there would look slow.
+    """
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if count >= len(usable):
+        return []
+    return [usable[(replica * count + i) % len(usable)] for i in range(count)]
 
 
-def _medians(samples: list[list[list[list[float]]]]) -> NDArray[np.float64]:
-    """Median of every block, shape (replicas, rounds, contenders)."""
-    medians = [[[float(np.median(calls)) for calls in team] for team in replicas] for replicas in samples]
-    return np.asarray(medians).swapaxes(0, 1)
+class OtherLoad:
+    """How busy the machine is with what is not ours."""
+
+    def __init__(self) -> None:
+        self.ours = 0.0  # seconds of processor time that our workers used
+        self._begin, self._busy, self._own = time.monotonic(), _busy_seconds(), sum(os.times()[:2])
+
+    def cores(self) -> float:
+        """Cores that others kept busy since the start, on average."""
+        others = _busy_seconds() - self._busy - (sum(os.times()[:2]) - self._own) - self.ours
+        return max(0.0, others / (time.monotonic() - self._begin))
 
 
-def _pooled(samples: list[list[list[list[float]]]], contender: int) -> NDArray[np.float64]:
-    return np.concatenate([np.asarray(team[contender]) for replicas in samples for team in replicas])
+def _busy_seconds() -> float:
+    """Processor time of everything on the machine, hypervisor's steal included."""
+    import psutil
+
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
-def _ratio(ratios: NDArray[np.float64]) -> Ratio:
-    """Median of `ratios`, shape (replicas, rounds), with a 95 % bootstrap interval over both axes."""
-    replicas, rounds = ratios.shape
-    rng = np.random.default_rng(0)  # the interval of given samples is always the same
-    who = rng.integers(replicas, size=(BOOTSTRAP_SAMPLES, replicas, 1))
-    when = rng.integers(rounds, size=(BOOTSTRAP_SAMPLES, replicas, rounds))
-    medians = np.median(ratios[who, when].reshape(BOOTSTRAP_SAMPLES, -1), axis=1)
-    low, high = np.percentile(medians, [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), (float(low), float(high)))
+def _load(
+    worker: Worker, contender: Contender, batches: Sequence[Path], cores: Sequence[int] = ()
+) -> tuple[float, list[float]]:
+    """Load the model and warm it up on every batch: milliseconds of loading, and of the first call on each."""
+    answer = worker.ask("load", folder=str(contender.folder), threads=contender.threads, cores=list(cores))
+    load = answer["load_ms"]
+    return load, [worker.ask("warm_up", inputs=str(batch))["first_call_ms"] for batch in batches]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +17,50 @@ from optpipe import lower
 from optpipe.errors import StageError
 from optpipe.forms import form, form_of
 from optpipe.machine import machine_lock
-from optpipe.measure.latency import Bench, Comparison, Contender, MeasureError, Ratio
+from optpipe.measure.latency import Bench, Comparison, Contender
+from optpipe.measure.nursery import MeasureError
 from optpipe.measure.quality import Scores, delta_interval, interval
 from optpipe.measure.settings import Measure
-from optpipe.report import Latency, Measurement, NotMeasured, Quality
+from optpipe.measure.statistics import Ratio
+from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Sustained
 from optpipe.runtimes import runtime
 from optpipe.target import Target
 from optpipe.task import Inputs, Task, batch_of
+
+SAMPLES = "samples"
+NAMES = ("eager", "exported")  # of the baseline's two contenders
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one comparison said of one contender."""
+
+    latency: Latency
+    peak_memory_bytes: int
 
 
 class Measurer:
     """Measures models against the baseline that it was made with.
 
-    folder: holds the saved baseline, the batches that are timed and the workers' logs.
+    run_folder: the run's; `00_baseline` in it holds the saved baseline and the batches that are timed, `samples` the
+    time of every call.
     seconds: time spent on measuring and previews so far.
     """
 
-    def __init__(self, task: Task, target: Target, settings: Measure, folder: Path, bench: Bench) -> None:
+    def __init__(self, task: Task, target: Target, settings: Measure, run_folder: Path, bench: Bench) -> None:
         self.task, self.target, self.settings = task, target, settings
         self.seconds = 0.0
-        self._folder, self._bench = folder, bench
-        self._timed: dict[tuple[Any, ...], tuple[Latency, int]] = {}
-        self._baseline = Contender(folder, "torch", target.threads)
+        self._run_folder, self._folder, self._bench = run_folder, run_folder / "00_baseline", bench
+        self._timed: dict[tuple[Any, ...], Timed] = {}
+        self._baseline = Contender(self._folder, "torch", target.threads)
         self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
         self._scores: dict[str, Scores] = {}
 
     def baseline(self, model: nn.Module) -> Measurement:
         """Measure `model` as it came in, and exported unoptimised to the target's runtime; the rest compares to it."""
         with self._clock():
+            if self.target.is_host:
+                self._bench.prepare(["torch", self.target.runtime])  # imported while the model is judged and exported
             form("torch").save(model, self._folder)
             self._scores = {split: self._evaluate(model, split) for split in ("test", "validation")}
             exported = self._folder / "exported"
@@ -54,30 +70,31 @@ class Measurer:
                 self._baseline_exported = exported
             except StageError as error:
                 self._baseline_exported = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
-            twin = replace(self._baseline, twin=True)  # the baseline against itself: the noise floor
-            latency = self._latencies_or_reason([twin, *self._exported_contenders(self.target.threads)])
+            timed = self._or_reason(self._baseline_against_itself)
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
                 quality=self._quality(self._scores["test"]),
-                latency=latency[0] if isinstance(latency, tuple) else latency,
-                peak_memory_bytes=latency[1] if isinstance(latency, tuple) else latency,
+                latency=timed if isinstance(timed, NotMeasured) else [entry.latency for entry in timed],
+                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed[0].peak_memory_bytes,
             )
 
     def measure(self, model: Any, folder: Path) -> Measurement:
         """Figures of `model`, whose form was saved to `folder`; size and latency of a preview if it is no file yet."""
         with self._clock():
-            latency: tuple[list[Latency], int] | NotMeasured
+            timed: list[Timed] | NotMeasured
+            size: int | NotMeasured
             try:
                 contender, preview = self._contender(model, folder, self.target.threads)
-                latency = self._latencies_or_reason([contender], preview=preview)
-                size: int | NotMeasured = form(runtime(contender.runtime).TAKES).size_bytes(contender.folder)
+                timed = self._or_reason(lambda: self._time(contender, [1], folder.name))
+                size = form(runtime(contender.runtime).TAKES).size_bytes(contender.folder)
             except StageError as error:
-                latency = size = NotMeasured(f"no preview of this model can be exported: {error}")
+                timed = size = NotMeasured(f"no preview of this model can be exported: {error}")
+                preview = False
             return Measurement(
                 size_bytes=size,
                 quality=self._quality(self._evaluate(model, "test")),
-                latency=latency[0] if isinstance(latency, tuple) else latency,
-                peak_memory_bytes=latency[1] if isinstance(latency, tuple) else latency,
+                latency=timed if isinstance(timed, NotMeasured) else [replace(timed[0].latency, preview=preview)],
+                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed[0].peak_memory_bytes,
             )
 
     def validation_drop(self, model: Any) -> float:
@@ -87,13 +104,27 @@ class Measurer:
         return drop if self.task.metric.higher_is_better else -drop
 
     def latencies(self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]) -> list[Latency]:
-        """`model` against the baseline on a grid, in the target's runtime. Raises MeasureError or StageError."""
+        """`model` on a grid, against the baseline at each point. Raises MeasureError if one cannot be timed."""
         with self._clock():
-            current = form_of(model)
-            assert current is not None
-            current.save(model, folder)
-            grid = [(count, size) for count in threads for size in batch_sizes]
-            return [self._latency(*self._contender(model, folder, count), size)[0] for count, size in grid]
+            found: list[Latency] = []
+            for count in threads:
+                contender, preview = self._saved(model, folder, count)
+                timed = self._time(contender, batch_sizes, folder.name)
+                found += [replace(entry.latency, preview=preview) for entry in timed]
+            return found
+
+    def callers(self, model: Any, folder: Path, counts: Sequence[int]) -> list[Callers]:
+        """`model` at batch 1 under several threads that call it at once."""
+        with self._clock():
+            return self._bench.callers(
+                self._contender(model, folder, self.target.threads)[0], self._inputs(1), 1, counts
+            )
+
+    def sustained(self, model: Any, folder: Path, seconds: float) -> Sustained:
+        """`model` at batch 1, called for `seconds` without a pause."""
+        with self._clock():
+            contender, _ = self._contender(model, folder, self.target.threads)
+            return self._bench.sustained(contender, self._inputs(1), seconds)
 
     def _contender(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
         """The saved model, or a preview of it, as the target runs it, and whether it is a preview."""
@@ -124,59 +155,80 @@ class Measurer:
                 rewrite=rewrite,
             )
 
-    def _exported_contenders(self, threads: int) -> list[Contender]:
-        """The unoptimised baseline in the target's runtime; none if that is eager PyTorch, or it has no export."""
+    def _references(self, threads: int) -> list[Contender]:
+        """The baseline in eager PyTorch and, where it could be exported, unoptimised in the target's runtime."""
+        eager = replace(self._baseline, threads=threads)
         if self.target.runtime == "torch" or isinstance(self._baseline_exported, NotMeasured):
-            return []
-        return [Contender(self._baseline_exported, self.target.runtime, threads)]
+            return [eager]
+        return [eager, Contender(self._baseline_exported, self.target.runtime, threads)]
 
-    def _latencies_or_reason(
-        self, contenders: Sequence[Contender], preview: bool = False
-    ) -> tuple[list[Latency], int] | NotMeasured:
+    def _or_reason(self, timing: Callable[[], list[Timed]]) -> list[Timed] | NotMeasured:
+        """What `timing` gives, or why nothing can be timed."""
         if not self.target.is_host:
             return NotMeasured(self.target.elsewhere())
         try:
-            timed = [self._latency(contender, preview, 1) for contender in contenders]
+            return timing()
         except MeasureError as error:
             return NotMeasured(str(error))
-        return [latency for latency, _ in timed], timed[0][1]
 
-    def _latency(self, subject: Contender, preview: bool, batch_size: int) -> tuple[Latency, int]:
-        """Time one contender, unless one with the same bytes was timed in this run."""
-        key = (_file_hash(subject), subject.runtime, subject.threads, subject.twin, batch_size)
-        if key not in self._timed:
-            eager = replace(self._baseline, threads=subject.threads)
-            references = [eager, *self._exported_contenders(subject.threads)]
-            if subject in references:
-                subject = replace(subject, twin=True)
-            comparison = self._bench.compare(subject, references, self._inputs(batch_size))
-            self._timed[key] = self._summary(comparison, subject, batch_size), comparison.peak_memory_bytes
-        latency, memory = self._timed[key]
-        return replace(latency, preview=preview), memory
+    def _baseline_against_itself(self) -> list[Timed]:
+        """Each reference beside another process of the same: the noise floor of the run."""
+        references = self._references(self.target.threads)
+        team = [*references, *references]
+        (comparison,) = self._bench.compare(team, [self._inputs(1)], "timing the baseline")
+        names = [f"{name}{twin}" for twin in ("", "_twin") for name in NAMES[: len(references)]]
+        comparison.save(self._run_folder / SAMPLES / "00_baseline_b1.npz", names)
+        twins = list(range(len(references), len(team)))
+        return [self._summary(comparison, i, twins, 1, "00_baseline_b1") for i in range(len(references))]
 
-    def _summary(self, comparison: Comparison, subject: Contender, batch_size: int) -> Latency:
-        times = comparison.milliseconds
-        p50, p95 = np.percentile(times, [50, 95])
-        speedup, *same = comparison.ratios
-        missing = self._baseline_exported
-        if not same and self.target.runtime == "torch":
-            same = [speedup]
-        same_runtime: Ratio | NotMeasured = same[0] if same else missing  # type: ignore[assignment]
-        return Latency(
-            runtime=subject.runtime,
+    def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
+        """Time one contender on some batches, unless one with the same bytes was timed in this run."""
+        what = (_file_hash(subject), subject.runtime, subject.threads)
+        missing = [size for size in batch_sizes if (*what, size) not in self._timed]
+        if missing:
+            team = [subject, *self._references(subject.threads)]
+            comparisons = self._bench.compare(team, [self._inputs(size) for size in missing], f"timing {name}")
+            for size, comparison in zip(missing, comparisons, strict=True):
+                file = f"{name}_b{size}_t{subject.threads}"
+                comparison.save(self._run_folder / SAMPLES / f"{file}.npz", ["subject", *NAMES[: len(team) - 1]])
+                references = list(range(1, len(team)))
+                self._timed[(*what, size)] = self._summary(comparison, 0, references, size, file)
+        return [self._timed[(*what, size)] for size in batch_sizes]
+
+    def _summary(
+        self, comparison: Comparison, subject: int, references: list[int], batch_size: int, file: str
+    ) -> Timed:
+        """`references`: the index of the eager baseline and, unless it has none, that of the exported one."""
+        times = comparison.milliseconds(subject)
+        p50, p95, p99 = np.percentile(times, [50, 95, 99])
+        speedup, *others = (comparison.ratio(subject, reference) for reference in references)
+        same = speedup if self.target.runtime == "torch" else others[0] if others else self._baseline_exported
+        assert isinstance(same, (Ratio, NotMeasured))
+        margin, contender = self.settings.margin, comparison.team[subject]
+        latency = Latency(
+            runtime=contender.runtime,
             batch_size=batch_size,
-            threads=subject.threads,
+            threads=contender.threads,
             p50_ms=float(p50),
             p95_ms=float(p95),
+            p99_ms=float(p99),
             std_ms=float(times.std(ddof=1)),
             throughput=batch_size / float(times.mean()) * 1000,
             speedup=speedup.value,
             speedup_ci95=speedup.ci95,
-            speedup_same_runtime=same_runtime if isinstance(same_runtime, NotMeasured) else same_runtime.value,
-            speedup_same_runtime_ci95=same_runtime if isinstance(same_runtime, NotMeasured) else same_runtime.ci95,
-            verdict=speedup.verdict(self.settings.margin),
+            speedup_same_runtime=same if isinstance(same, NotMeasured) else same.value,
+            speedup_same_runtime_ci95=same if isinstance(same, NotMeasured) else same.ci95,
+            verdict=speedup.verdict(margin),
+            verdict_same_runtime=same if isinstance(same, NotMeasured) else same.verdict(margin),
             calls=len(times),
+            replicas=len(comparison.blocks),
+            load_ms=float(np.median([replica[subject] for replica in comparison.load_ms])),
+            first_call_ms=float(np.median([replica[subject] for replica in comparison.first_call_ms])),
+            other_load_cores=comparison.other_load_cores,
+            samples=f"{SAMPLES}/{file}.npz",
+            quantiles_ms=[float(value) for value in np.percentile(times, np.arange(0, 101, 5))],
         )
+        return Timed(latency, comparison.peak_memory_bytes[subject])
 
     def _quality(self, scores: Scores) -> Quality:
         base = self._scores["test"]

@@ -9,21 +9,26 @@ from dataclasses import dataclass
 class Measure:
     """How long to measure, and when a figure is good enough."""
 
-    replicas: int = 2  # worker processes per contender: two processes with one model differ by up to 1.4 %
-    block_seconds: float = 0.04  # of consecutive calls of one contender before the next one's turn
-    min_rounds: int = 6  # a round is one block of every contender
-    max_seconds: float = 3.0  # of one comparison
-    interval_width: float = 0.03  # stop early once the 95 % interval of the ratio is this narrow, relative
+    replicas: int = 7  # fresh processes per contender, at least: two with one model differ by up to a few per cent
+    rounds: int = 5  # in each of them; a round is one block of every contender
+    block_seconds: float = 0.015  # of consecutive calls of one contender before the next one's turn
+    max_seconds: float = 5.0  # after which a comparison gets no further replicas
+    interval_width: float = 0.04  # stop once the 95 % intervals of the ratios are this narrow, relative
+    noise_limit: float = 0.25  # an interval that is still wider than this is no figure: the machine is too noisy
     margin: float = 0.02  # ratios closer to 1 than this are `same`
     timeout_seconds: float = 120.0  # a worker that is silent for longer is killed
+    profile: bool = False  # keep the runtime's and torch's profiles of the final model and the baseline
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or self.min_rounds < 3:
-            raise ValueError(
-                f"replicas is {self.replicas} and min_rounds {self.min_rounds}; they must be at least 1 and 3"
-            )
-        for name in ("block_seconds", "max_seconds", "interval_width", "timeout_seconds"):
+        if self.replicas < 2 or self.rounds < 1:
+            raise ValueError(f"replicas is {self.replicas} and rounds {self.rounds}; they must be at least 2 and 1")
+        for name in ("block_seconds", "max_seconds", "interval_width", "noise_limit", "timeout_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.noise_limit < self.interval_width:
+            raise ValueError(
+                f"noise_limit is {self.noise_limit} and interval_width {self.interval_width}; a figure cannot be "
+                "narrow enough and too noisy at once, so noise_limit must not be below it"
+            )
         if self.margin < 0:
             raise ValueError(f"margin is {self.margin}; it must not be negative")

@@ -1,7 +1,8 @@
-"""A process that times one model: `python -m optpipe.measure.worker`, spoken to in lines of JSON.
+"""A nursery of processes that time models: `python -m optpipe.measure.worker RUNTIME SOCKET`.
 
-It reads requests from standard input and answers each with one line on what was standard output; anything that the
-model prints goes to standard error. It imports torch only for a model that runs in torch.
+The nursery imports one runtime, once, and then forks a fresh process for every model that is to be timed: a process in
+a few milliseconds instead of seconds, so that a comparison can afford many. Both speak lines of JSON; the nursery over
+the socket whose number it was given, each child over a socket of its own. What a model prints goes to the child's log.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import resource
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,31 +24,135 @@ from typing import Any
 import numpy as np
 
 from optpipe.forms import form
-from optpipe.runtimes import Runner, runtime
+from optpipe.runtimes import Runner, Runtime, runtime
 
 SETTLE_SECONDS = 1.0  # at most, before the first block
+WINDOW_SECONDS = 0.01  # of the calls whose times are compared to see whether they have settled
 MIN_CALLS = 3
+MAX_PADDING_BYTES = 2**20
+LINE_BYTES = 65536
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    start = json.loads(sys.stdin.readline())
-    engine = runtime(start["runtime"])
-    run = engine.runner(form(engine.TAKES).load(Path(start["folder"])), start["threads"])
-    gc.disable()  # a collection in the middle of a call would be timed with it
-    calls: dict[str, Callable[[], Any]] = {}
-    print(json.dumps({"ready": True}), file=answers)
-    for line in sys.stdin:
-        request = json.loads(line)
-        path = request["inputs"]
-        if path not in calls:
-            calls[path] = bound_call(run, path)
-            settle(calls[path])
-        nanoseconds = block(calls[path], request["seconds"])
-        gc.collect()
-        answer = {"milliseconds": [ns / 1e6 for ns in nanoseconds], "peak_memory_bytes": peak_memory_bytes()}
-        print(json.dumps(answer), file=answers)
+    """Fork a child for each request that brings a socket and a log; end and reap one for {"reap": pid}."""
+    engine = runtime(sys.argv[1])
+    form(engine.TAKES)  # imported before the first fork
+    control = socket.socket(fileno=int(sys.argv[2]))
+    gc.freeze()  # a child's collections look only at what it made itself
+    control.sendall(b"{}\n")
+    children: set[int] = set()
+    while True:
+        text, files, _, _ = socket.recv_fds(control, LINE_BYTES, 2)
+        if not text:
+            break
+        if files:
+            pid = _fork(engine, control, *files)
+            children.add(pid)
+            answer = {"pid": pid}
+        else:
+            pid = json.loads(text)["reap"]
+            children.remove(pid)
+            answer = {"exit": _reap(pid)}
+        control.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in children:  # the parent has ended without closing them
+        os.kill(pid, signal.SIGKILL)
+
+
+def _fork(engine: Runtime, control: socket.socket, channel: int, log: int) -> int:
+    pid = os.fork()
+    if pid:
+        os.close(channel)
+        os.close(log)
+        return pid
+    control.close()
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        Timer(engine, socket.socket(fileno=channel)).serve()
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+    finally:
+        os._exit(code)  # without what the nursery's interpreter would still want to do
+
+
+def _reap(pid: int) -> int:
+    """End the child `pid` if it still runs; its exit code, negative for a signal, 0 if it was only told to go."""
+    for _ in range(20):  # one that has crashed may still be writing its last words
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -signal.SIGKILL
+
+
+class Timer:
+    """A child's end: loads one model and times it as it is asked to."""
+
+    def __init__(self, engine: Runtime, channel: socket.socket) -> None:
+        self._engine = engine
+        self._lines = channel.makefile("rwb", buffering=0)
+        self._calls: dict[str, Callable[[], Any]] = {}
+        # Where memory lies decides up to 1 % of a time, and forks would all have it lie in one place. Padding of random
+        # size moves it (Mytkowicz et al., "Producing wrong data without doing anything obviously wrong!", 2009).
+        self._padding = np.ones(random.SystemRandom().randrange(MAX_PADDING_BYTES), np.uint8)
+
+    def serve(self) -> None:
+        """Answer requests until the parent closes the channel."""
+        gc.disable()  # a collection in the middle of a call would be timed with it
+        for line in self._lines:
+            request = json.loads(line)
+            answer = getattr(self, request.pop("do"))(**request)
+            answer |= {"peak_memory_bytes": peak_memory_bytes(), "cpu_seconds": time.process_time()}
+            self._lines.write(json.dumps(answer).encode() + b"\n")
+            gc.collect()
+
+    def load(self, folder: str, threads: int, cores: list[int]) -> dict[str, Any]:
+        """Load the model saved in `folder`, to run on `cores`, or where the scheduler puts it if there are none."""
+        if cores:
+            os.sched_setaffinity(0, cores)  # inherited by the threads that the runtime starts
+        begin = time.perf_counter_ns()
+        self._run = self._engine.runner(form(self._engine.TAKES).load(Path(folder)), threads)
+        return {"load_ms": (time.perf_counter_ns() - begin) / 1e6}
+
+    def warm_up(self, inputs: str) -> dict[str, Any]:
+        """Call until the time of a call has settled; the first call's time."""
+        call = self._calls[inputs] = bound_call(self._run, inputs)
+        begin = time.perf_counter_ns()
+        call()
+        first = time.perf_counter_ns() - begin
+        settle(call)
+        return {"first_call_ms": first / 1e6}
+
+    def block(self, inputs: str, seconds: float) -> dict[str, Any]:
+        """Milliseconds of each of the calls made within `seconds`."""
+        return {"milliseconds": [ns / 1e6 for ns in block(self._calls[inputs], seconds)]}
+
+    def callers(self, inputs: str, seconds: float, count: int) -> dict[str, Any]:
+        """Milliseconds of the calls that `count` threads make at once within `seconds`, and how long they took."""
+        times: list[list[int]] = [[] for _ in range(count)]
+        start = threading.Barrier(count + 1)
+
+        def work(mine: list[int]) -> None:
+            start.wait()
+            mine += block(self._calls[inputs], seconds)
+
+        threads = [threading.Thread(target=work, args=(mine,)) for mine in times]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.join()
+        return {
+            "milliseconds": [ns / 1e6 for mine in times for ns in mine],
+            "seconds": time.perf_counter() - begin,
+            "calls": sum(len(mine) + 1 for mine in times),  # with the one that warms up each block
+        }
 
 
 def bound_call(run: Runner, path: str) -> Callable[[], Any]:
@@ -59,7 +168,7 @@ def settle(call: Callable[[], Any]) -> None:
     deadline = time.perf_counter() + SETTLE_SECONDS
     last = float("inf")
     while time.perf_counter() < deadline:
-        fastest = min(block(call, 0.02))
+        fastest = min(block(call, WINDOW_SECONDS))
         if abs(fastest - last) < 0.05 * last:
             return
         last = fastest
@@ -78,7 +187,7 @@ def block(call: Callable[[], Any], seconds: float) -> list[int]:
 
 
 def peak_memory_bytes() -> int:
-    """Most resident memory that this process has had, from its own start on.
+    """Most resident memory that this process has had: interpreter, imported runtime, load and inference.
 
     On Linux from VmHWM: ru_maxrss there starts with the size of the parent that forked it.
     """

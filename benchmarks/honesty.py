@@ -1,0 +1,176 @@
+"""Does the bench tell the truth? A model against itself (A/A), and against a copy with 20 % more work (A/B).
+
+    python benchmarks/honesty.py              # about 6 minutes
+    python benchmarks/honesty.py --busy       # the same while another process keeps one core busy
+
+Twenty comparisons of each kind, with the settings of `measure=default`, on three networks of 0.05 to 20 ms. An A/A
+comparison that claims a difference is wrong. An A/B interval is right if it holds the truth, which is the same ratio
+measured with 40 processes a side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from optpipe import lower
+from optpipe.forms import form
+from optpipe.machine import cpu, usable_cores
+from optpipe.measure.latency import Bench, Comparison, Contender
+from optpipe.measure.nursery import MeasureError
+from optpipe.measure.settings import Measure
+from optpipe.measure.statistics import Ratio
+from optpipe.task import Task, top1_accuracy
+
+COMPARISONS = 20
+TRUTH_REPLICAS = 40
+
+
+def mlp(width: int, depth: int) -> nn.Module:
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(*layers).eval()
+
+
+def convolutions(depth: int) -> nn.Module:
+    layers = [layer for _ in range(depth) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(*layers).eval()
+
+
+# name, runtime, shape of a sample, batch size, the network, the same with 20 % more layers
+NETWORKS = {
+    "mlp in ONNX Runtime": ("onnxruntime", (192,), 1, lambda: mlp(192, 10), lambda: mlp(192, 12)),
+    "convolutions in PyTorch": ("torch", (32, 24, 24), 1, lambda: convolutions(10), lambda: convolutions(12)),
+    "mlp in PyTorch": ("torch", (1024,), 64, lambda: mlp(1024, 10), lambda: mlp(1024, 12)),
+}
+
+
+class Pair:
+    """A network and its copy with more work, saved for the bench."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.runtime, shape, batch, small, large = NETWORKS[name]
+        torch.manual_seed(0)
+        self.a, self.b = (self._saved(make(), folder / which, shape) for which, make in (("a", small), ("b", large)))
+        self.batch = folder / "batch.npz"
+        np.savez(self.batch, **{"0": np.random.default_rng(0).normal(size=(batch, *shape)).astype(np.float32)})
+
+    def _saved(self, model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Contender:
+        folder.mkdir(parents=True)
+        if self.runtime == "torch":
+            form("torch").save(model, folder)
+        else:
+            empty: list = []
+            task = Task(
+                train=empty, validation=empty, calibration=empty, test=empty,
+                example_inputs=torch.zeros(2, *shape), metric=top1_accuracy(),
+            )  # fmt: skip
+            lower.to_onnx(lower.trace(model, task), folder / "model.onnx")
+        return Contender(folder, self.runtime, threads=1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--busy", action="store_true", help="keep one core busy, but while the truth is measured")
+    parser.add_argument("--comparisons", type=int, default=COMPARISONS)
+    options = parser.parse_args()
+    settings = Measure()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        pairs = [Pair(name, root / str(i)) for i, name in enumerate(NETWORKS)]
+        with Bench(replace(settings, replicas=TRUTH_REPLICAS, max_seconds=0.1), root / "truth") as bench:
+            truths = {pair.name: bench.compare([pair.a, pair.b], [pair.batch], "truth")[0] for pair in pairs}
+        neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if options.busy else None
+        try:
+            same = run(pairs, settings, root / "aa", options.comparisons, lambda pair: [pair.a, pair.a])
+            more = run(pairs, settings, root / "ab", options.comparisons, lambda pair: [pair.a, pair.b])
+        finally:
+            if neighbour:
+                neighbour.kill()
+                neighbour.wait()
+    print(f"20 % more work: time of the copy / time of the network. {describe_machine()}\n")
+    print(
+        "| network | ms | truth [95 %] | A/A claims | A/A largest | A/B slower | A/B hold truth | widest | noisy | s each |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for pair in pairs:
+        print(row(pair, truths[pair.name], same, more, settings.margin))
+    aa, ab = ([trial for trial in trials if trial.ratio] for trials in (same, more))
+    claims = sum(trial.ratio.verdict(settings.margin) != "same" for trial in aa)
+    slower = sum(trial.ratio.verdict(settings.margin) == "faster" for trial in ab)  # the network than its copy
+    holding = sum(trial.holds(truths[trial.pair].ratio(0, 1).value) for trial in ab)
+    print(
+        f"\nA/A: {claims} of {len(aa)} claim a difference. A/B: {slower} of {len(ab)} say slower, {holding} hold the truth."
+    )
+    return 0 if claims <= 1 and slower == len(ab) and holding >= 0.9 * len(ab) else 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One comparison; no ratio where the machine was called too noisy."""
+
+    pair: str
+    ratio: Ratio | None
+    seconds: float
+
+    def holds(self, truth: float) -> bool:
+        return self.ratio is not None and self.ratio.ci95[0] <= truth <= self.ratio.ci95[1]
+
+
+def run(
+    pairs: list[Pair], settings: Measure, logs: Path, count: int, team: Callable[[Pair], list[Contender]]
+) -> list[Trial]:
+    """`count` comparisons, in turns over the networks, each with nurseries of its own."""
+    found = []
+    for number in range(count):
+        pair = pairs[number % len(pairs)]
+        begin = time.perf_counter()
+        ratio = None
+        with Bench(settings, logs / str(number)) as bench:
+            try:
+                ratio = bench.compare(team(pair), [pair.batch])[0].ratio(0, 1)
+            except MeasureError as error:
+                print(error, file=sys.stderr)
+        found.append(Trial(pair.name, ratio, time.perf_counter() - begin))
+    return found
+
+
+def row(pair: Pair, truth: Comparison, same: list[Trial], more: list[Trial], margin: float) -> str:
+    """A line of the table."""
+    aa, ab = ([trial for trial in trials if trial.pair == pair.name] for trials in (same, more))
+    ratio, both = truth.ratio(0, 1), [*aa, *ab]
+    ratios = [trial.ratio for trial in aa if trial.ratio]
+    largest = max((math.exp(abs(math.log(found.value))) - 1 for found in ratios), default=math.nan)
+    cells = (
+        pair.name,
+        f"{np.median(truth.milliseconds(0)):.3f}",
+        f"{ratio.value:.3f} [{ratio.ci95[0]:.3f}, {ratio.ci95[1]:.3f}]",
+        f"{sum(found.verdict(margin) != 'same' for found in ratios)} of {len(ratios)}",
+        f"{largest:.1%}",
+        f"{sum(t.ratio is not None and t.ratio.verdict(margin) == 'faster' for t in ab)} of {len(ab)}",
+        f"{sum(t.holds(ratio.value) for t in ab)} of {len(ab)}",
+        f"{max((t.ratio.width for t in both if t.ratio), default=math.nan):.1%}",
+        str(sum(t.ratio is None for t in both)),
+        f"{np.mean([t.seconds for t in both]):.1f}",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def describe_machine() -> str:
+    name, _ = cpu()
+    return f"{name}, {usable_cores()} cores, 1 thread."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
