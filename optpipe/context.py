@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optpipe.progress import track
+from optpipe.report.schema import NotMeasured
 from optpipe.target import Target
 
 if TYPE_CHECKING:
@@ -16,10 +17,30 @@ if TYPE_CHECKING:
     from torch import nn
 
     from optpipe.measure.measurer import Measurer
-    from optpipe.report import Latency
+    from optpipe.report import Callers, Latency, Measurement, Sustained
     from optpipe.task import Task
 
 T = TypeVar("T")
+
+
+@dataclass
+class Benchmarks:
+    """What a stage had timed beyond the figures of every step."""
+
+    grid: list[Latency] = field(default_factory=list)
+    callers: list[Callers] = field(default_factory=list)
+    sustained: Sustained | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.grid or self.callers or self.sustained)
+
+    def added_to(self, measurement: Measurement) -> Measurement:
+        """`measurement` with what was timed."""
+        if self.grid:
+            measurement = measurement.with_grid(self.grid)
+        if self.sustained:
+            measurement = replace(measurement, sustained=self.sustained)
+        return replace(measurement, callers=self.callers or measurement.callers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +54,7 @@ class Context:
     device: str  # to train on: "cpu", "cuda", "cuda:1"
     seed: int  # of this step; torch's generator was seeded with it
     measurer: Measurer
-    latencies: list[Latency] = field(default_factory=list)
+    benchmarks: Benchmarks = field(default_factory=Benchmarks)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -48,14 +69,37 @@ class Context:
     def time(self, model: Any, batch_sizes: Sequence[int], threads: Sequence[int]) -> list[Latency]:
         """Time `model`, of any form, against the baseline on a grid in the target's runtime; the report shows it.
 
-        Empty, with a note that says why, where this machine cannot run what is placed for the target.
+        Points that cannot be measured are left out, with a note that says why; all of them, where this machine cannot
+        run what is placed for the target.
         """
-        if not self.target.is_host:
-            self.note(f"nothing was timed: {self.target.elsewhere()}")
+        if not self._can_time():
             return []
         found = self.measurer.latencies(model, self.dir, batch_sizes, threads)
-        self.latencies.extend(found)
+        for point in found:
+            if isinstance(point, NotMeasured):
+                self.note(f"not measured, {point.not_measured}")
+        self.benchmarks.grid += [point for point in found if not isinstance(point, NotMeasured)]
+        return self.benchmarks.grid
+
+    def time_callers(self, model: Any, counts: Sequence[int]) -> list[Callers]:
+        """Time `model` at batch 1 under `counts` threads that call it at once; empty as for `time`."""
+        if not (counts and self._can_time()):
+            return []
+        found = self.measurer.callers(model, self.dir, counts)
+        self.benchmarks.callers.extend(found)
         return found
+
+    def time_sustained(self, model: Any, seconds: float) -> Sustained | None:
+        """Time `model` at batch 1 over `seconds` without a pause; None as for `time`."""
+        if not (seconds and self._can_time()):
+            return None
+        self.benchmarks.sustained = self.measurer.sustained(model, self.dir, seconds)
+        return self.benchmarks.sustained
+
+    def _can_time(self) -> bool:
+        if not self.target.is_host:
+            self.note(f"nothing was timed: {self.target.elsewhere()}")
+        return self.target.is_host
 
     def progress(self, steps: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """`steps`, with a progress bar while they are consumed."""

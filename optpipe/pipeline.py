@@ -172,10 +172,9 @@ class Loop:
         content = after_form.content_hash(model)
         unchanged = content == before.hash
         measurement = before.measurement if unchanged else self.measurer.measure(model, folder)
-        if ctx.latencies:
-            measurement = measurement.with_grid(ctx.latencies)
+        measurement = ctx.benchmarks.added_to(measurement)
         result.measurement = measurement
-        result.status = "unchanged" if unchanged and not ctx.latencies else "ok"
+        result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
         return State(model, after_form, folder, content, measurement)
 
     def _form_after(self, step: Step, before: State, model: Any) -> Form:

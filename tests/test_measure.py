@@ -9,11 +9,13 @@ import pytest
 from torch import nn
 
 from optpipe.forms import form
-from optpipe.measure.latency import Bench, Contender, MeasureError, Ratio
+from optpipe.measure.latency import Bench, Contender
+from optpipe.measure.nursery import MeasureError
 from optpipe.measure.quality import delta_interval, interval, tango_interval
 from optpipe.measure.settings import Measure
+from optpipe.measure.statistics import Ratio, drift, half_width
 
-QUICK = Measure(replicas=1, max_seconds=0.6, min_rounds=4, block_seconds=0.02)
+QUICK = Measure(replicas=3, rounds=3, max_seconds=0.6, noise_limit=2)
 
 
 def contender(folder: Path, model: nn.Module) -> Contender:
@@ -32,11 +34,24 @@ def test_a_model_with_less_work_is_faster(tmp_path: Path, batch: Path) -> None:
     small = contender(tmp_path / "small", nn.Sequential(*(nn.Linear(512, 512) for _ in range(2))))
     large = contender(tmp_path / "large", nn.Sequential(*(nn.Linear(512, 512) for _ in range(20))))
     with Bench(QUICK, tmp_path / "logs") as bench:
-        comparison = bench.compare(small, [large], batch)
-    assert comparison.ratios[0].verdict(QUICK.margin) == "faster"
-    assert comparison.ratios[0].value > 2
-    assert comparison.peak_memory_bytes > 10**7
-    assert np.median(comparison.milliseconds) < np.median(comparison.reference_milliseconds[0])
+        (comparison,) = bench.compare([small, large], [batch])
+    assert comparison.ratio(0, 1).verdict(QUICK.margin) == "faster"
+    assert comparison.ratio(0, 1).value > 2
+    assert comparison.ratio(1, 0).value == pytest.approx(1 / comparison.ratio(0, 1).value)
+    assert all(peak > 10**7 for peak in comparison.peak_memory_bytes)
+    assert np.median(comparison.milliseconds(0)) < np.median(comparison.milliseconds(1))
+    assert len(comparison.blocks) == len(comparison.load_ms) >= QUICK.replicas
+
+
+def test_every_call_is_kept_with_the_process_that_made_it(tmp_path: Path, batch: Path) -> None:
+    model = contender(tmp_path / "model", nn.Linear(512, 512))
+    with Bench(QUICK, tmp_path / "logs") as bench:
+        (comparison,) = bench.compare([model, model], [batch])
+    comparison.save(tmp_path / "samples" / "b1.npz", ["subject", "twin"])
+    samples = np.load(tmp_path / "samples" / "b1.npz")
+    assert set(samples) == {"subject", "subject_replica", "twin", "twin_replica"}
+    assert len(samples["twin"]) == len(samples["twin_replica"]) == len(comparison.milliseconds(1))
+    assert set(samples["subject_replica"]) == set(range(len(comparison.blocks)))
 
 
 def test_a_verdict_needs_the_whole_interval_beyond_the_margin() -> None:
@@ -49,7 +64,7 @@ def test_a_verdict_needs_the_whole_interval_beyond_the_margin() -> None:
 def test_a_worker_that_dies_leaves_its_last_words(tmp_path: Path, batch: Path) -> None:
     wrong = contender(tmp_path / "wrong", nn.Linear(3, 3))
     with Bench(QUICK, tmp_path / "logs") as bench, pytest.raises(MeasureError) as error:
-        bench.compare(wrong, [], batch)
+        bench.compare([wrong], [batch])
     assert "the process that timed the model in torch died" in str(error.value)
     assert "shapes cannot be multiplied" in str(error.value)
 
@@ -63,23 +78,103 @@ def test_a_worker_that_hangs_is_killed(tmp_path: Path, batch: Path) -> None:
             return x
 
     asleep = contender(tmp_path / "asleep", Sleeps())
-    settings = Measure(replicas=1, timeout_seconds=8)
+    settings = Measure(replicas=2, timeout_seconds=3)
     with (
         Bench(settings, tmp_path / "logs") as bench,
-        pytest.raises(MeasureError, match="silent for 8 s and was killed"),
+        pytest.raises(MeasureError, match="silent for 3 s and was killed"),
     ):
-        bench.compare(asleep, [], batch)
+        bench.compare([asleep], [batch])
 
 
 def test_the_parent_sleeps_while_a_worker_measures(tmp_path: Path, batch: Path) -> None:
     import time
 
     model = contender(tmp_path / "model", nn.Linear(512, 512))
-    with Bench(Measure(replicas=1, max_seconds=2, min_rounds=20), tmp_path / "logs") as bench:
-        bench.compare(model, [], batch)
+    with Bench(Measure(replicas=5, rounds=20, max_seconds=0.1), tmp_path / "logs") as bench:
+        bench.compare([model], [batch])
         wall, cpu = time.perf_counter(), time.process_time()
-        bench.compare(model, [], batch)
+        bench.compare([model], [batch])
         assert time.process_time() - cpu < 0.3 * (time.perf_counter() - wall)
+
+
+def test_a_model_that_slows_down_from_call_to_call_is_no_figure(tmp_path: Path, batch: Path) -> None:
+    class Grows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list = []
+
+        def forward(self, x):
+            self.seen += [x] * 50
+            return x + len(self.seen) * sum(float(y[0, 0]) for y in self.seen[::10])
+
+    grows = contender(tmp_path / "grows", Grows())
+    steady = contender(tmp_path / "steady", nn.Linear(512, 512))
+    with Bench(QUICK, tmp_path / "logs") as bench:
+        (comparison,) = bench.compare([grows, steady], [batch])
+    assert "does not settle" in comparison.problem and "state that grows" in comparison.problem
+
+
+def test_a_ratio_that_the_machine_is_too_noisy_for_is_no_figure(tmp_path: Path, batch: Path) -> None:
+    class Moody(nn.Module):
+        """As fast as chance has it, another chance in every process."""
+
+        def forward(self, x):
+            import os
+
+            for _ in range(1 + 40 * (os.getpid() % 3)):
+                x = x + 1
+            return x
+
+    moody = contender(tmp_path / "moody", Moody())
+    with Bench(Measure(replicas=3, rounds=3, max_seconds=0.1), tmp_path / "logs") as bench:
+        (comparison,) = bench.compare([moody, contender(tmp_path / "steady", nn.Linear(512, 512))], [batch])
+    assert "the machine is too noisy" in comparison.problem and "noise_limit=0.4" in comparison.problem
+
+
+def test_callers_at_once_and_a_sustained_load(tmp_path: Path, batch: Path) -> None:
+    model = contender(tmp_path / "model", nn.Linear(512, 512))
+    with Bench(QUICK, tmp_path / "logs") as bench:
+        one, two = bench.callers(model, batch, 8, [1, 2])
+        sustained = bench.sustained(model, batch, 0.6)
+    assert (one.callers, two.callers) == (1, 2) and two.p50_ms > 0.5 * one.p50_ms
+    assert one.throughput > 0 and one.p50_ms <= one.p95_ms
+    assert 0.6 <= sustained.seconds < 10 and len(sustained.p50_ms) == 6
+    assert sustained.drift == pytest.approx(sustained.p50_ms[-1] / sustained.p50_ms[0])
+
+
+def test_the_interval_of_a_ratio_is_of_processes_not_of_calls() -> None:
+    reference = np.full((5, 40), 2.0)
+    subject = np.repeat([[1.0], [1.1], [0.9], [1.05], [0.95]], 40, axis=1)  # every round of a process agrees
+    few, many = Ratio.of(reference[:, :2], subject[:, :2]), Ratio.of(reference, subject)
+    assert few.ci95 == pytest.approx(many.ci95)
+    assert many.ci95[0] < many.value < many.ci95[1] and many.width > 0.1
+
+
+def test_intervals_over_processes_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        logs = rng.normal(0.2, 0.03, (7, 1)) + rng.normal(0, 0.01, (7, 5))
+        ratio = Ratio.of(np.exp(logs), np.ones((7, 5)))
+        covered += ratio.ci95[0] <= np.exp(0.2) <= ratio.ci95[1]
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_a_bound_is_the_estimate_at_even_odds_and_falls_with_confidence() -> None:
+    ratio = Ratio.of(np.array([[2.0], [2.1], [1.9]]), np.ones((3, 1)))
+    assert ratio.bound(0.5) == pytest.approx(ratio.value)
+    assert ratio.value > ratio.bound(0.8) > ratio.bound(0.95)
+    assert ratio.bound(0.975) == pytest.approx(ratio.ci95[0])
+    assert half_width([1.0], 0.95) == np.inf
+
+
+def test_drift_is_what_all_processes_share() -> None:
+    settled = np.ones((3, 6))
+    disturbed = settled.copy()
+    disturbed[0, 4:] = 2
+    growing = np.tile(np.linspace(1, 2, 6), (3, 1))
+    assert drift(settled) == drift(disturbed) == 1
+    assert drift(growing) > 1.5
 
 
 def test_zero_flips_do_not_mean_zero_uncertainty() -> None:

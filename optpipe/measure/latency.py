@@ -1,8 +1,10 @@
 """Latency of models against one another: fresh, isolated processes, paired rounds of short blocks.
 
-A replica is a fresh process of every contender. Within it they take turns in blocks of calls while the parent sleeps;
-ratios are formed within a round, so that whatever slows the machine for a while slows both sides. Replicas are added
-until the intervals are narrow or the time is up.
+A replica is a fresh process of every contender. In a round each has a turn, a block of calls, while the parent sleeps;
+ratios are formed within a round, so that whatever slows the machine for a while slows both sides. The rounds of several
+replicas are interleaved: a neighbour that slows this machine for half a second then spoils a round of each, which the
+median over rounds forgives, rather than all rounds of one. Replicas are added until the intervals are narrow or the
+time is up.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from types import TracebackType
 import numpy as np
 
 from optpipe.machine import machine_lock, usable_cores
-from optpipe.measure.nursery import MeasureError, Nursery, Worker
+from optpipe.measure.nursery import Nursery, Worker
 from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Floats, Ratio, drift
 from optpipe.progress import stepwise
@@ -27,6 +29,7 @@ from optpipe.report.schema import Callers, Sustained
 CALLERS_SECONDS = 0.5
 SPANS = 6  # that a sustained measurement is told in
 DRIFT = 0.1  # of a model's time within a replica: more is not settled
+MEMORY_SHARE = 0.5  # of what is free, for the replicas that are loaded at once
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Comparison:
     first_call_ms: list[list[float]] = field(default_factory=list)  # [replica][contender]
     peak_memory_bytes: list[int] = field(default_factory=list)  # [contender]
     other_load_cores: float = 0.0
+    problem: str = ""  # why its ratios are no figures
 
     def milliseconds(self, contender: int) -> Floats:
         """Every call of one contender, pooled."""
@@ -104,23 +108,29 @@ class Bench:
     def compare(self, team: Sequence[Contender], batches: Sequence[Path], what: str = "timing") -> list[Comparison]:
         """Time the contenders against one another on each batch, an .npz file; one comparison per batch.
 
-        Replicas are added until the first contender's ratios to the others are known to `interval_width`.
-        Raises MeasureError if a worker dies or is silent for `timeout_seconds`, if the first contender's time does not
-        settle, or if the machine is too noisy to tell a ratio.
+        Replicas are added until the first contender's ratios to the others are known to `interval_width`. A comparison
+        whose first contender does not settle, or on which the machine is too noisy to tell a ratio, says so in its
+        `problem`. Raises MeasureError if a worker dies or is silent for `timeout_seconds`.
         """
         found = [Comparison(list(team)) for _ in batches]
         with machine_lock().timing(), stepwise(what) as step:
             load = OtherLoad()
             deadline = time.monotonic() + self.settings.max_seconds
+            count = self.settings.replicas
             while not self._is_enough(found, deadline):
                 with ExitStack() as stack:
-                    workers = [stack.enter_context(closing(self._worker(contender))) for contender in team]
-                    self._replica(workers, batches, found)
-                    load.ours += sum(worker.cpu_seconds for worker in workers)
-                step()
+                    cohort: list[list[Worker]] = []
+                    while len(cohort) < count and _fits_in_memory(cohort):
+                        cohort.append([stack.enter_context(closing(self._worker(contender))) for contender in team])
+                        self._load(cohort[-1], batches, found)
+                        step()
+                    for comparison, batch in zip(found, batches, strict=True):
+                        self._rounds(cohort, batch, comparison)
+                    load.ours += sum(worker.cpu_seconds for workers in cohort for worker in workers)
+                count = max(2, self.settings.replicas // 2)
         for comparison in found:
             comparison.other_load_cores = load.cores()
-            self._refuse_noise(comparison)
+            comparison.problem = self._problem(comparison)
         return found
 
     def callers(self, contender: Contender, batch: Path, batch_size: int, counts: Sequence[int]) -> list[Callers]:
@@ -147,29 +157,27 @@ class Bench:
                 step()
         return Sustained(seconds=time.monotonic() - begin, p50_ms=medians, drift=medians[-1] / medians[0])
 
-    def _replica(self, workers: list[Worker], batches: Sequence[Path], found: list[Comparison]) -> None:
-        """Add one replica to every comparison."""
+    def _load(self, workers: list[Worker], batches: Sequence[Path], found: list[Comparison]) -> None:
+        """Load a replica's models and warm them up."""
         team = found[0].team
-        cores = _cores(len(found[0].blocks), max(contender.threads for contender in team))
+        cores = _cores(len(found[0].load_ms), max(contender.threads for contender in team))
         loads = [_load(worker, contender, batches, cores) for worker, contender in zip(workers, team, strict=True)]
         for i, comparison in enumerate(found):
             comparison.load_ms.append([load for load, _ in loads])
             comparison.first_call_ms.append([first[i] for _, first in loads])
-            blocks = self._rounds(workers, batches[i])
-            comparison.blocks.append(blocks)
-            peaks = [worker.peak_memory_bytes for worker in workers]
-            before = comparison.peak_memory_bytes or peaks
-            comparison.peak_memory_bytes = [max(pair) for pair in zip(before, peaks, strict=True)]
 
-    def _rounds(self, workers: list[Worker], batch: Path) -> list[list[Floats]]:
-        """Blocks in turns, from the front and from the back: [contender][round]."""
-        blocks: list[list[Floats]] = [[] for _ in workers]
+    def _rounds(self, cohort: list[list[Worker]], batch: Path, comparison: Comparison) -> None:
+        """Blocks in turns, from the front and from the back."""
+        blocks: list[list[list[Floats]]] = [[[] for _ in workers] for workers in cohort]
         for number in range(self.settings.rounds):
-            order = range(len(workers)) if number % 2 == 0 else reversed(range(len(workers)))
-            for i in order:
-                answer = workers[i].ask("block", inputs=str(batch), seconds=self.settings.block_seconds)
-                blocks[i].append(np.asarray(answer["milliseconds"]))
-        return blocks
+            for replica, workers in enumerate(cohort):
+                order = range(len(workers)) if (number + replica) % 2 == 0 else reversed(range(len(workers)))
+                for i in order:
+                    answer = workers[i].ask("block", inputs=str(batch), seconds=self.settings.block_seconds)
+                    blocks[replica][i].append(np.asarray(answer["milliseconds"]))
+        comparison.blocks += blocks
+        peaks = [[worker.peak_memory_bytes for worker in workers] for workers in cohort]
+        comparison.peak_memory_bytes = [max(of_one) for of_one in zip(*peaks, strict=True)]
 
     def _is_enough(self, found: list[Comparison], deadline: float) -> bool:
         if len(found[0].blocks) < self.settings.replicas:
@@ -177,21 +185,23 @@ class Bench:
         width = max((ratio.width for comparison in found for ratio in comparison.ratios()), default=0.0)
         return width < self.settings.interval_width or time.monotonic() > deadline
 
-    def _refuse_noise(self, comparison: Comparison) -> None:
+    def _problem(self, comparison: Comparison) -> str:
+        """Why the ratios of `comparison` are no figures; empty if they are."""
         change = drift(comparison.medians(0) / comparison.medians(len(comparison.team) - 1))
         if len(comparison.team) > 1 and abs(np.log(change)) > DRIFT:
-            raise MeasureError(
+            return (
                 f"the model's time does not settle: within {self.settings.rounds} rounds it became {change:.2f} times "
                 "what it was, in every process; look for state that grows from call to call"
             )
         widest = max((ratio.width for ratio in comparison.ratios()), default=0.0)
         if widest > self.settings.noise_limit:
-            raise MeasureError(
+            return (
                 f"the machine is too noisy: after {len(comparison.blocks)} processes the 95 % interval of the ratio is "
                 f"{widest:.0%} wide, above measure.noise_limit={self.settings.noise_limit:g}; other programs kept "
                 f"{comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or raise "
                 "measure.max_seconds"
             )
+        return ""
 
     def _worker(self, contender: Contender) -> Worker:
         return self._nursery(contender.runtime).worker(self.settings.timeout_seconds)
@@ -212,6 +222,16 @@ def _cores(replica: int, count: int) -> list[int]:
     if count >= len(usable):
         return []
     return [usable[(replica * count + i) % len(usable)] for i in range(count)]
+
+
+def _fits_in_memory(cohort: list[list[Worker]]) -> bool:
+    """Whether one more replica can be loaded beside those of `cohort`."""
+    import psutil
+
+    if not cohort:
+        return True
+    needed = sum(worker.peak_memory_bytes for worker in cohort[0])
+    return bool(needed < MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 class OtherLoad:

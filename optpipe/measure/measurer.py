@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ class Measurer:
         self.task, self.target, self.settings = task, target, settings
         self.seconds = 0.0
         self._run_folder, self._folder, self._bench = run_folder, run_folder / "00_baseline", bench
-        self._timed: dict[tuple[Any, ...], Timed] = {}
+        self._timed: dict[tuple[Any, ...], Timed | NotMeasured] = {}
         self._baseline = Contender(self._folder, "torch", target.threads)
         self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
         self._scores: dict[str, Scores] = {}
@@ -70,7 +70,7 @@ class Measurer:
                 self._baseline_exported = exported
             except StageError as error:
                 self._baseline_exported = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
-            timed = self._or_reason(self._baseline_against_itself)
+            timed = self._baseline_against_itself()
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
                 quality=self._quality(self._scores["test"]),
@@ -81,20 +81,22 @@ class Measurer:
     def measure(self, model: Any, folder: Path) -> Measurement:
         """Figures of `model`, whose form was saved to `folder`; size and latency of a preview if it is no file yet."""
         with self._clock():
-            timed: list[Timed] | NotMeasured
+            timed: Timed | NotMeasured
             size: int | NotMeasured
+            preview = False
             try:
+                if not (self.settings.previews or self._is_deployable(model)):
+                    raise StageError("measure.previews=false")
                 contender, preview = self._contender(model, folder, self.target.threads)
-                timed = self._or_reason(lambda: self._time(contender, [1], folder.name))
+                (timed,) = self._time(contender, [1], folder.name)
                 size = form(runtime(contender.runtime).TAKES).size_bytes(contender.folder)
             except StageError as error:
-                timed = size = NotMeasured(f"no preview of this model can be exported: {error}")
-                preview = False
+                timed = size = NotMeasured(f"no preview of this model was exported: {error}")
             return Measurement(
                 size_bytes=size,
                 quality=self._quality(self._evaluate(model, "test")),
-                latency=timed if isinstance(timed, NotMeasured) else [replace(timed[0].latency, preview=preview)],
-                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed[0].peak_memory_bytes,
+                latency=timed if isinstance(timed, NotMeasured) else [replace(timed.latency, preview=preview)],
+                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed.peak_memory_bytes,
             )
 
     def validation_drop(self, model: Any) -> float:
@@ -103,34 +105,43 @@ class Measurer:
             drop = float(self._scores["validation"].mean() - self._evaluate(model, "validation").mean())
         return drop if self.task.metric.higher_is_better else -drop
 
-    def latencies(self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]) -> list[Latency]:
-        """`model` on a grid, against the baseline at each point. Raises MeasureError if one cannot be timed."""
+    def latencies(
+        self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]
+    ) -> list[Latency | NotMeasured]:
+        """`model` on a grid, against the baseline at each point."""
         with self._clock():
-            found: list[Latency] = []
+            found: list[Latency | NotMeasured] = []
             for count in threads:
                 contender, preview = self._saved(model, folder, count)
-                timed = self._time(contender, batch_sizes, folder.name)
-                found += [replace(entry.latency, preview=preview) for entry in timed]
+                for size, timed in zip(batch_sizes, self._time(contender, batch_sizes, folder.name), strict=True):
+                    if isinstance(timed, NotMeasured):
+                        found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.not_measured}"))
+                    else:
+                        found.append(replace(timed.latency, preview=preview))
             return found
 
     def callers(self, model: Any, folder: Path, counts: Sequence[int]) -> list[Callers]:
         """`model` at batch 1 under several threads that call it at once."""
         with self._clock():
-            return self._bench.callers(
-                self._contender(model, folder, self.target.threads)[0], self._inputs(1), 1, counts
-            )
+            contender, _ = self._saved(model, folder, self.target.threads)
+            return self._bench.callers(contender, self._inputs(1), 1, counts)
 
     def sustained(self, model: Any, folder: Path, seconds: float) -> Sustained:
         """`model` at batch 1, called for `seconds` without a pause."""
         with self._clock():
-            contender, _ = self._contender(model, folder, self.target.threads)
+            contender, _ = self._saved(model, folder, self.target.threads)
             return self._bench.sustained(contender, self._inputs(1), seconds)
+
+    def _saved(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
+        """The same as `_contender`, of a model that a stage may have changed since it was given it."""
+        current = form_of(model)
+        assert current is not None
+        current.save(model, folder)
+        return self._contender(model, folder, threads)
 
     def _contender(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
         """The saved model, or a preview of it, as the target runs it, and whether it is a preview."""
-        engine = runtime(self.target.runtime)
-        current = form_of(model)
-        if current is not None and current.NAME == engine.TAKES:
+        if self._is_deployable(model):
             return Contender(folder, self.target.runtime, threads), False
         preview = folder / "preview"
         if not (preview.exists() and any(preview.iterdir())):
@@ -138,12 +149,15 @@ class Measurer:
             self._lower(model, preview, rewrite=True)
         return Contender(preview, self.target.runtime, threads), True
 
+    def _is_deployable(self, model: Any) -> bool:
+        """Whether the target's runtime takes `model` as it is."""
+        current = form_of(model)
+        return current is not None and current.NAME == runtime(self.target.runtime).TAKES
+
     def _lower(self, model: Any, folder: Path, *, rewrite: bool) -> None:
         """Write `model` to `folder` in the form that the target's runtime takes."""
-        takes = runtime(self.target.runtime).TAKES
-        current = form_of(model)
-        if current is not None and current.NAME == takes:
-            current.save(model, folder)
+        if self._is_deployable(model):
+            form(runtime(self.target.runtime).TAKES).save(model, folder)
             return
         with machine_lock().working():
             program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model
@@ -162,38 +176,49 @@ class Measurer:
             return [eager]
         return [eager, Contender(self._baseline_exported, self.target.runtime, threads)]
 
-    def _or_reason(self, timing: Callable[[], list[Timed]]) -> list[Timed] | NotMeasured:
-        """What `timing` gives, or why nothing can be timed."""
+    def _baseline_against_itself(self) -> list[Timed] | NotMeasured:
+        """Each reference beside another process of the same: the noise floor of the run."""
         if not self.target.is_host:
             return NotMeasured(self.target.elsewhere())
-        try:
-            return timing()
-        except MeasureError as error:
-            return NotMeasured(str(error))
-
-    def _baseline_against_itself(self) -> list[Timed]:
-        """Each reference beside another process of the same: the noise floor of the run."""
         references = self._references(self.target.threads)
         team = [*references, *references]
-        (comparison,) = self._bench.compare(team, [self._inputs(1)], "timing the baseline")
+        try:
+            (comparison,) = self._bench.compare(team, [self._inputs(1)], "timing the baseline")
+        except MeasureError as error:
+            return NotMeasured(str(error))
         names = [f"{name}{twin}" for twin in ("", "_twin") for name in NAMES[: len(references)]]
         comparison.save(self._run_folder / SAMPLES / "00_baseline_b1.npz", names)
+        if comparison.problem:
+            return NotMeasured(comparison.problem)
         twins = list(range(len(references), len(team)))
         return [self._summary(comparison, i, twins, 1, "00_baseline_b1") for i in range(len(references))]
 
-    def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
+    def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed | NotMeasured]:
         """Time one contender on some batches, unless one with the same bytes was timed in this run."""
+        if not self.target.is_host:
+            return [NotMeasured(self.target.elsewhere())] * len(batch_sizes)
         what = (_file_hash(subject), subject.runtime, subject.threads)
         missing = [size for size in batch_sizes if (*what, size) not in self._timed]
         if missing:
-            team = [subject, *self._references(subject.threads)]
-            comparisons = self._bench.compare(team, [self._inputs(size) for size in missing], f"timing {name}")
-            for size, comparison in zip(missing, comparisons, strict=True):
-                file = f"{name}_b{size}_t{subject.threads}"
-                comparison.save(self._run_folder / SAMPLES / f"{file}.npz", ["subject", *NAMES[: len(team) - 1]])
-                references = list(range(1, len(team)))
-                self._timed[(*what, size)] = self._summary(comparison, 0, references, size, file)
+            for size, timed in zip(missing, self._compare(subject, missing, name), strict=True):
+                self._timed[(*what, size)] = timed
         return [self._timed[(*what, size)] for size in batch_sizes]
+
+    def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed | NotMeasured]:
+        team = [subject, *self._references(subject.threads)]
+        try:
+            comparisons = self._bench.compare(team, [self._inputs(size) for size in batch_sizes], f"timing {name}")
+        except MeasureError as error:
+            if len(batch_sizes) == 1:
+                return [NotMeasured(str(error))]
+            return [timed for size in batch_sizes for timed in self._compare(subject, [size], name)]
+        found: list[Timed | NotMeasured] = []
+        for size, comparison in zip(batch_sizes, comparisons, strict=True):
+            file = f"{name}_b{size}_t{subject.threads}"
+            comparison.save(self._run_folder / SAMPLES / f"{file}.npz", ["subject", *NAMES[: len(team) - 1]])
+            timed = self._summary(comparison, 0, list(range(1, len(team))), size, file)
+            found.append(NotMeasured(comparison.problem) if comparison.problem else timed)
+        return found
 
     def _summary(
         self, comparison: Comparison, subject: int, references: list[int], batch_size: int, file: str

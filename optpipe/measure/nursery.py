@@ -17,7 +17,7 @@ START_SECONDS = 120.0  # an import of a runtime from a cold disk
 
 
 class MeasureError(OptpipeError):
-    """A time could not be measured: a worker died or hung (the text holds its last words), or nothing settled."""
+    """A time could not be measured: a worker did not start, died or hung. The text holds its last words."""
 
 
 class Nursery:

@@ -28,7 +28,6 @@ from optpipe.runtimes import Runner, Runtime, runtime
 
 SETTLE_SECONDS = 1.0  # at most, before the first block
 WINDOW_SECONDS = 0.01  # of the calls whose times are compared to see whether they have settled
-MIN_CALLS = 3
 MAX_PADDING_BYTES = 2**20
 LINE_BYTES = 65536
 
@@ -175,11 +174,11 @@ def settle(call: Callable[[], Any]) -> None:
 
 
 def block(call: Callable[[], Any], seconds: float) -> list[int]:
-    """Nanoseconds of each of the calls made within `seconds`, at least MIN_CALLS; one call before them warms up."""
+    """Nanoseconds of each of the calls made within `seconds`, at least one; a call before them warms up."""
     call()
     times: list[int] = []
     deadline = time.perf_counter() + seconds
-    while len(times) < MIN_CALLS or time.perf_counter() < deadline:
+    while not times or time.perf_counter() < deadline:
         begin = time.perf_counter_ns()
         call()
         times.append(time.perf_counter_ns() - begin)
