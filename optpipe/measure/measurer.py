@@ -51,7 +51,7 @@ class Measurer:
         self.task, self.target, self.settings = task, target, settings
         self.seconds = 0.0
         self._run_folder, self._folder, self._bench = run_folder, run_folder / "00_baseline", bench
-        self._timed: dict[tuple[Any, ...], Timed | NotMeasured] = {}
+        self._timed: dict[tuple[Any, ...], Timed] = {}
         self._baseline = Contender(self._folder, "torch", target.threads)
         self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
         self._scores: dict[str, Scores] = {}
@@ -199,10 +199,11 @@ class Measurer:
             return [NotMeasured(self.target.elsewhere())] * len(batch_sizes)
         what = (_file_hash(subject), subject.runtime, subject.threads)
         missing = [size for size in batch_sizes if (*what, size) not in self._timed]
+        found: dict[int, Timed | NotMeasured] = {}
         if missing:
-            for size, timed in zip(missing, self._compare(subject, missing, name), strict=True):
-                self._timed[(*what, size)] = timed
-        return [self._timed[(*what, size)] for size in batch_sizes]
+            found.update(zip(missing, self._compare(subject, missing, name), strict=True))
+            self._timed.update({(*what, size): timed for size, timed in found.items() if isinstance(timed, Timed)})
+        return [found[size] if size in found else self._timed[(*what, size)] for size in batch_sizes]
 
     def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed | NotMeasured]:
         team = [subject, *self._references(subject.threads)]

@@ -27,7 +27,7 @@ from optpipe.forms import form
 from optpipe.runtimes import Runner, Runtime, runtime
 
 SETTLE_SECONDS = 1.0  # at most, before the first block
-WINDOW_SECONDS = 0.01  # of the calls whose times are compared to see whether they have settled
+WINDOW_SECONDS = 0.005  # of the calls whose times are compared to see whether they have settled
 MAX_PADDING_BYTES = 2**20
 LINE_BYTES = 65536
 

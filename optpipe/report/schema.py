@@ -163,14 +163,15 @@ class Measurement:
     operators: list[Operator] = field(default_factory=list)  # slowest first
 
     def headline(self) -> Latency | None:
-        """Latency at batch 1 with the target's threads: always the first entry."""
-        return None if isinstance(self.latency, NotMeasured) else self.latency[0]
+        """Latency at batch 1 with the target's threads: the first entry, where it could be measured."""
+        entries = [] if isinstance(self.latency, NotMeasured) else self.latency
+        return entries[0] if entries and entries[0].batch_size == 1 else None
 
     def with_grid(self, grid: list[Latency]) -> Measurement:
         """The same with the other points of a grid behind the headline."""
         first = self.headline()
         if first is None:
-            return replace(self, latency=grid)
+            return replace(self, latency=sorted(grid, key=lambda entry: entry.batch_size != 1))
         point = (first.runtime, first.batch_size, first.threads)
         others = [entry for entry in grid if (entry.runtime, entry.batch_size, entry.threads) != point]
         return replace(self, latency=[first, *others])
