@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from optpipe.budget import Budget
 from optpipe.command import Command
 from optpipe.errors import RecipeError, did_you_mean
 from optpipe.measure.settings import Measure
-from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, chain_problems, forms_along
+from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, budget_problems, chain_problems, forms_along
 from optpipe.runtimes import RUNTIMES
 from optpipe.target import Target
 from optpipe.tracking import Tracking
@@ -43,7 +44,7 @@ SCHEMAS: dict[str, type] = {
     "measure": Measure,
     "tracking": Tracking,
 }
-SETTINGS = {"pipeline", "seed", "device", "plugins", "dry_run"}
+SETTINGS = {"pipeline", "seed", "device", "plugins", "dry_run", "relax"}
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
 
 T = TypeVar("T")
@@ -244,10 +245,14 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     dry_run = _scalar(config, "dry_run", bool, problems)
     device = _device(str(config.get("device")), problems)
     entries = _entries(config, problems)
+    relax = _relaxed(config, entries, problems)
     if not problems:
         problems += chain_problems(entries)
     if not problems and entries:
         problems += _target_problems(entries, settings["target"])
+    if not problems:
+        deployed = RUNTIMES[settings["target"].runtime]
+        problems += budget_problems(entries, settings["budget"], settings["measure"], relax, deployed)
     if settings["model"] and settings["data"]:
         problems += sources.problems(settings["model"], settings["data"])
     if problems:
@@ -265,6 +270,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
         seed=seed,
         device=device,
         dry_run=dry_run,
+        relax=relax,
         config=_used(config, entries, recipe),
     )
 
@@ -383,6 +389,42 @@ class _Steps:
         return Step(key, stage, info)
 
 
+def _relaxed(config: DictConfig, entries: list[Entry], problems: list[str]) -> dict[str, list[Step]]:
+    """The milder steps that `relax` lists. What it varies is put in words, in the pipeline's own steps too."""
+    listed = OmegaConf.to_container(config.get("relax") or OmegaConf.create({}))
+    if not isinstance(listed, dict):
+        problems.append(f"relax is {listed!r}; it lists milder settings by step, for example {{prune: [{{ratio: 0.3}}]}}")
+        return {}
+    keys = [entry.key if isinstance(entry, Step) else "" for entry in entries]
+    relax: dict[str, list[Step]] = {}
+    for key, milder in listed.items():
+        if not key or key not in keys:
+            problems.append(f"relax names '{key}', which is no step of the pipeline{did_you_mean(str(key), keys)}")
+        elif not (isinstance(milder, list) and milder and all(isinstance(item, dict) and item for item in milder)):
+            problems.append(f"relax.{key} is {milder!r}; it must list settings, for example [{{ratio: 0.3}}]")
+        else:
+            steps = [_milder(config, str(key), settings, problems) for settings in milder]
+            relax[str(key)] = [step for step in steps if step]
+            varied = sorted({name for settings in milder for name in settings})
+            own = ", ".join(f"{name}={OmegaConf.select(config, f'{key}.{name}')}" for name in varied)
+            entries[keys.index(key)] = replace(entries[keys.index(key)], settings=own)
+    return relax
+
+
+def _milder(config: DictConfig, key: str, settings: dict[str, Any], problems: list[str]) -> Step | None:
+    """The step `key` with `settings` in place of its own."""
+    found: list[str] = []
+    step = None
+    try:
+        changed = OmegaConf.merge(config, {key: settings})
+        assert isinstance(changed, DictConfig)
+        step = _Steps(changed, found).step(key)
+    except OmegaConfBaseException as error:
+        found.append(_first_line(error))
+    problems += [f"relax.{key}: {problem}" for problem in found]
+    return replace(step, settings=", ".join(f"{name}={value}" for name, value in settings.items())) if step else None
+
+
 def _target_problems(entries: Sequence[Entry], target: Target) -> list[str]:
     if target.runtime not in RUNTIMES:
         hint = did_you_mean(target.runtime, RUNTIMES)
@@ -390,8 +432,7 @@ def _target_problems(entries: Sequence[Entry], target: Target) -> list[str]:
     if target.device != "cpu":
         return [f"target.device is '{target.device}'; the runtimes installed here run on cpu"]
     after = forms_along(entries)[-1][2]
-    takes = {"torch": "torch", "onnxruntime": "onnx"}[target.runtime]
-    if after == "onnx" and takes != "onnx":
+    if after == "onnx" and RUNTIMES[target.runtime] != "onnx":
         return [f"the pipeline ends with {SPOKEN[after]}, which target.runtime={target.runtime} does not run"]
     return []
 

@@ -1,9 +1,10 @@
-"""The loop. For every step: run → save and load back → parity → measure → record; then the budget."""
+"""The loop. For every step: run → save and load back → parity → measure → record → judge by the budget."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -14,15 +15,17 @@ import torch
 from torch import nn
 
 from optpipe import manifest, parity
+from optpipe.budget import Estimate, Policy, estimates, judge
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
 from optpipe.forms import Form, form, form_of
 from optpipe.machine import environment, machine_lock, usable_cores
+from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
 from optpipe.plan import Choice, Entry, Plan, Step
 from optpipe.progress import log, say
-from optpipe.report import Attempt, BudgetReport, Final, Measurement, NotMeasured, Report, StageResult
+from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult
 from optpipe.task import Task
 from optpipe.tracking import Tracker
 
@@ -38,6 +41,8 @@ class State:
     folder: Path  # where it was saved
     hash: str
     measurement: Measurement
+    results: int  # of the report's, up to here
+    is_accepted: bool = True  # by the budget; a later step that breaks it can be rolled back to here
 
     def reloaded(self) -> State:
         """The same with a model of its own, for a branch that may change it."""
@@ -58,7 +63,7 @@ def run(
         overrides=plan.overrides,
         environment=environment(),
         model_seconds=model_seconds,
-        budget=BudgetReport(limits=plan.budget.limits(), policy=plan.budget.policy.value),
+        budget=BudgetReport(limits=plan.budget.limits(), policy=plan.budget.policy.value, confidence=plan.budget.confidence),
     )
     report.mlflow_run_id = tracker.start({"recipe": plan.recipe, **plan.config}, folder)
     with Bench(plan.measure, folder / "00_baseline" / "workers") as bench:
@@ -96,27 +101,126 @@ class Loop:
         baseline_folder = folder / "00_baseline"
         baseline_folder.mkdir(parents=True, exist_ok=True)
         self.measurer = Measurer(task, plan.target, plan.measure, folder, bench)
-        self.baseline = model.eval().requires_grad_(False)
+        self.baseline = model.eval().requires_grad_(True)  # in the saved copy, which a rolled-back run trains
         self.number = 0
+        self.states: list[State] = []  # before each entry that is done, and the current one; the past have no models
+        self.tries: dict[str, list[Attempt]] = {}  # by step, of the settings that `relax` lists
+        self.broken: list[str] = []  # limits of single steps that nothing could be done about
 
     def run(self) -> None:
         """The whole control flow of the product."""
-        state = self._measure_baseline()
-        for number, entry in enumerate(self.plan.entries, 1):
-            self.number = number
+        self.states = [self._measure_baseline()]
+        while len(self.states) <= len(self.plan.entries):
+            self.number = len(self.states)
+            entry, before = self.plan.entries[self.number - 1], self.states[-1]
             if isinstance(entry, Choice):
-                state = self._choose(entry, state)
+                after = self._choose(entry, before)
             else:
-                state = self._step(entry, state, self._dir(entry))
-        self._finish(state)
+                after = self._step(self._as_relaxed(entry), before, self._dir(entry))
+            self.states[-1:] = [replace(before, model=None), after]
+            self._judge(entry)
+        self._finish(self.states[-1])
 
     def _measure_baseline(self) -> State:
         say("[0] baseline …")
         measurement = self.measurer.baseline(self.baseline)
         self.report.baseline = measurement
         self.tracker.baseline(measurement)
-        model = copy.deepcopy(self.baseline).requires_grad_(True)
-        return State(model, form("torch"), self.folder / "00_baseline", form("torch").content_hash(model), measurement)
+        model = copy.deepcopy(self.baseline)
+        self.baseline.requires_grad_(False)
+        content = form("torch").content_hash(model)
+        return State(model, form("torch"), self.folder / "00_baseline", content, measurement, results=0)
+
+    def _as_relaxed(self, step: Step) -> Step:
+        """`step` with the settings that are to be tried now."""
+        failed = len(self.tries.get(step.key, []))
+        return self.plan.relax[step.key][failed - 1] if failed else step
+
+    def _judge(self, entry: Entry) -> None:
+        """Judge the current state by the limits on `entry` and the run's on quality; act where one is broken."""
+        budget, state = self.plan.budget, self.states[-1]
+        limits = budget.stages[entry.key].limits() if entry.key in budget.stages else {}
+        waits = isinstance(entry, Step) and entry.info.needs_recovery and self.number < len(self.plan.entries)
+        if budget.quality_drop is not None and not waits:
+            limits.setdefault("quality_drop", budget.quality_drop)
+            limits["quality_drop"] = min(limits["quality_drop"], budget.quality_drop)
+        checks = self._checks(limits, state, entry.key)
+        self.report.budget.checks += checks
+        broken = [check for check in checks if not check.holds]
+        if not broken:
+            self.states[-1] = replace(state, is_accepted=not waits)
+            return
+        said = "; ".join(check.said for check in broken)
+        if budget.policy is Policy.stop:
+            self.report.status, self.report.budget.violations = "over_budget", [f"after '{entry.key}', {said}"]
+            raise StageError(f"over budget after step '{entry.key}', and budget.policy is stop: {said}")
+        if budget.policy is Policy.relax and self._relax(said):
+            return
+        if budget.policy in (Policy.rollback, Policy.relax) and self._roll_back(said):
+            return
+        own = budget.stages[entry.key].limits() if entry.key in budget.stages else {}
+        self.broken += [f"after '{entry.key}', {check.said}" for check in broken if check.limit in own]
+        say(f"  over budget: {said}")
+
+    def _checks(self, limits: dict[str, float], state: State, where: str) -> list[Check]:
+        if not limits:
+            return []
+        known = estimates(state.measurement, self.states[0].measurement)
+        if "quality_drop" in limits:
+            known["quality_drop"] = self._drop(state)
+        return judge(limits, known, self.plan.budget.confidence, where)
+
+    def _drop(self, state: State) -> Estimate:
+        """The quality that `state` lost on validation samples; none without doubt if nothing has changed."""
+        points = self.task.metric.is_fraction
+        unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
+        if state.hash == self.states[0].hash:
+            return replace(Estimate.exact(0.0), unit=unit, scale=scale)
+        ours, theirs = self.measurer.validation(state.model), self.measurer.validation_baseline
+        return Estimate(
+            quality.drop(ours, theirs),
+            quality.drop_interval(ours, theirs),
+            lambda confidence: quality.drop_bound(ours, theirs, confidence),
+            unit,
+            scale,
+        )
+
+    def _relax(self, said: str) -> bool:
+        """Go back to the nearest step that has milder settings left; False if none has."""
+        for index in range(self.number - 1, -1, -1):
+            entry = self.plan.entries[index]
+            tries = self.tries.get(entry.key, [])
+            if not isinstance(entry, Step) or len(tries) >= len(self.plan.relax.get(entry.key, [])):
+                continue
+            settings = self._as_relaxed(entry).settings
+            self.tries[entry.key] = [*tries, Attempt(method=settings, ok=False, reason=said)]
+            milder = self.plan.relax[entry.key][len(tries)].settings
+            say(f"  over budget: {said}; trying '{entry.key}' again with {milder}")
+            for result in self.report.stages[self.states[index].results :]:
+                self.tracker.rolled_back(result)
+            del self.report.stages[self.states[index].results :]
+            del self.states[index + 1 :]
+            self.states[-1] = self.states[-1].reloaded()
+            return True
+        return False
+
+    def _roll_back(self, said: str) -> bool:
+        """Go on from the last accepted model; False if the next step could not take its form."""
+        index = next(i for i in range(len(self.states) - 2, -1, -1) if self.states[i].is_accepted)
+        accepted = self.states[index]
+        if accepted.form is not self.states[-1].form:
+            say(f"  '{self.plan.entries[self.number - 1].key}' changed the model's form and cannot be rolled back")
+            return False
+        dropped = self.report.stages[accepted.results :]
+        for result in dropped:
+            result.status = "rolled_back"
+            result.notes.append(f"rolled back: {said}")
+            self.tracker.rolled_back(result)
+        names = ", ".join(f"'{result.key}'" for result in dropped)
+        say(f"  over budget: {said}; rolled back {names}")
+        past = replace(accepted, results=len(self.report.stages))
+        self.states[index + 1 :] = [past] * (len(self.states) - index - 2) + [past.reloaded()]
+        return True
 
     def _step(self, step: Step, before: State, folder: Path) -> State:
         """One stage with everything around it; its result is in the report whatever happens."""
@@ -124,7 +228,7 @@ class Loop:
         folder.mkdir(parents=True)
         result = StageResult(
             key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.form.NAME,
-            measurement=NotMeasured("the stage failed"),
+            measurement=NotMeasured("the stage failed"), attempts=list(self.tries.get(step.key, [])),
         )  # fmt: skip
         self.report.stages.append(result)
         try:
@@ -175,7 +279,7 @@ class Loop:
         measurement = ctx.benchmarks.added_to(measurement)
         result.measurement = measurement
         result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
-        return State(model, after_form, folder, content, measurement)
+        return State(model, after_form, folder, content, measurement, results=len(self.report.stages))
 
     def _form_after(self, step: Step, before: State, model: Any) -> Form:
         found = form_of(model)
@@ -212,7 +316,9 @@ class Loop:
             try:
                 for step in branch:
                     state = self._step(step, state, self._dir(choice) / f"{number}_{step.key}")
-                broken = self.plan.budget.quality_violations(self.measurer.validation_drop(state.model))
+                limit = self.plan.budget.quality_drop
+                checks = self._checks({} if limit is None else {"quality_drop": limit}, state, choice.key)
+                broken = [check.said for check in checks if not check.holds]
             except StageError as error:
                 broken = [str(error)]
             latency = state.measurement.headline()
@@ -231,18 +337,28 @@ class Loop:
         _, state, results = max(done, key=lambda item: item[0])
         results[0].attempts = attempts
         self.report.stages.extend(results)
-        return state
+        return replace(state, results=len(self.report.stages))
 
     def _finish(self, state: State) -> None:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
         artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=state.measurement)
-        drop = self.measurer.validation_drop(state.model)
-        self.report.budget.violations = self.plan.budget.violations(drop, state.measurement)
+        self.measurer.save_quality(state.model)
+        for result in self.report.stages:
+            if result.key in self.tries:
+                settings = self.plan.relax[result.key][len(self.tries[result.key]) - 1].settings
+                ok = result.status != "rolled_back"
+                result.attempts.append(Attempt(method=settings, ok=ok, reason="" if ok else result.notes[-1]))
+        checks = self._checks(self.plan.budget.limits(), state, "run")
+        self.report.budget.checks += checks
+        self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]
         self.report.status = "over_budget" if self.report.budget.violations else "ok"
 
     def _dir(self, entry: Entry) -> Path:
-        return self.folder / f"{self.number:02d}_{entry.key}"
+        """A folder of its own for each time that an entry is run."""
+        first = self.folder / f"{self.number:02d}_{entry.key}"
+        tries = (first.with_name(f"{first.name}_try{number}") for number in itertools.count(2))
+        return next(folder for folder in itertools.chain([first], tries) if not folder.exists())
 
     def _place(self, step: Step, folder: Path) -> str:
         return f"while running step {self.number} of {len(self.plan.entries)}, '{step.key}', in {folder}"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from optpipe.budget import Budget
+from optpipe.budget import Budget, Policy
+from optpipe.errors import did_you_mean
 from optpipe.measure.settings import Measure
 from optpipe.registry import Stage, StageInfo
 from optpipe.sources import Data, Model
@@ -23,6 +24,7 @@ class Step:
     key: str
     stage: Stage
     info: StageInfo
+    settings: str = ""  # those that `relax` lists, in words, where it lists some
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Plan:
     seed: int
     device: str
     dry_run: bool
+    relax: dict[str, list[Step]]  # by step: milder ones, in the order to try them
     config: dict[str, Any]  # the resolved configuration, for the record only
 
     @property
@@ -94,6 +97,34 @@ def _after(step: Step, form: str, before: str, problems: list[str]) -> str:
         remedy = f"; move '{step.key}' before it" if before.startswith("step") else ""
         problems.append(f"step '{step.key}' takes {taken}, but {before} gives {SPOKEN.get(form, form)}{remedy}")
     return form if step.info.gives == "same" else step.info.gives
+
+
+def budget_problems(
+    entries: Sequence[Entry], budget: Budget, measure: Measure, relax: dict[str, list[Step]], deployed: str
+) -> list[str]:
+    """Limits that contradict one another, the pipeline or how it is measured. deployed: the form that is timed."""
+    after = {entry.key: form for entry, _, form in forms_along(entries)}
+    problems = []
+    for key, limits in budget.stages.items():
+        where = f"budget.stages.{key}"
+        if key not in after:
+            problems.append(f"{where}: pipeline has no step '{key}'{did_you_mean(key, list(after))}")
+            continue
+        own, run = limits.quality_drop, budget.quality_drop
+        if own is not None and run is not None and own > run and not _waits(entries, key):
+            problems.append(
+                f"{where}.quality_drop={own:g} contradicts budget.quality_drop={run:g}, which must hold after every "
+                "step; lower the first or raise the second"
+            )
+        if not measure.previews and after[key] != deployed and set(limits.limits()) - {"quality_drop"}:
+            problems.append(f"{where} limits what measure.previews=false leaves unmeasured; set measure.previews=true")
+    if budget.policy is Policy.relax and not any(relax.values()):
+        problems.append("budget.policy is relax, but relax lists no milder settings; relax: {prune: [{ratio: 0.3}]}")
+    return problems
+
+
+def _waits(entries: Sequence[Entry], key: str) -> bool:
+    return any(isinstance(entry, Step) and entry.key == key and entry.info.needs_recovery for entry in entries)
 
 
 def forms_along(entries: Sequence[Entry], form: str = "torch") -> list[tuple[Entry, str, str]]:

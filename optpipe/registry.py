@@ -37,6 +37,7 @@ class StageInfo:
     gives: str  # the form it returns, or "same"
     requires: tuple[str, ...]  # importable modules that it needs
     extra: str | None  # the extra of its distribution that installs them
+    needs_recovery: bool  # what it gives must be trained again before limits on quality mean something
 
     def missing(self) -> list[str]:
         """The modules in `requires` that cannot be imported here."""
@@ -53,6 +54,7 @@ def register(
     gives: str,
     requires: Sequence[str] = (),
     extra: str | None = None,
+    needs_recovery: bool = False,
 ) -> Callable[[S], S]:
     """Register a dataclass with `run(model, ctx)` as the stage `name`, "group/option".
 
@@ -60,6 +62,8 @@ def register(
     gives: the form that `run` returns; "same" if it passes the form through.
     requires: modules that `run` imports beyond optpipe's own dependencies; checked before a run starts.
     extra: what to `pip install` when one of them is missing, for example "optpipe[openvino]".
+    needs_recovery: whether the model must be trained again afterwards; the budget then judges quality after the step
+        behind it.
 
     Raises TypeError for a class that is no dataclass or has no `run`, ValueError for a name that is taken.
     """
@@ -76,7 +80,7 @@ def register(
         forms = (takes,) if isinstance(takes, str) else tuple(takes)
         if taken:  # a module that is reloaded in a notebook registers its classes again
             del _by_class[taken.cls]
-        _by_class[cls] = StageInfo(name, cls, forms, gives, tuple(requires), extra)
+        _by_class[cls] = StageInfo(name, cls, forms, gives, tuple(requires), extra, needs_recovery)
         ConfigStore.instance().store(group=group, name=option, node=cls, provider=cls.__module__)
         return cls
 

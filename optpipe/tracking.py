@@ -65,6 +65,9 @@ class NoTracker:
     def stage(self, result: StageResult) -> None:
         """Nothing to do."""
 
+    def rolled_back(self, result: StageResult) -> None:
+        """Nothing to do."""
+
     def finish(self, report: Report, folder: Path) -> None:
         """Nothing to do."""
 
@@ -77,6 +80,7 @@ class MlflowTracker:
         self._run_id = ""
         self._experiment_id = ""
         self._steps = 0
+        self._stage_runs: dict[str, str] = {}  # the latest of each step
 
     def start(self, config: dict[str, Any], folder: Path) -> str:
         """Open the parent run and return its id. Raises RecipeError if the store cannot be opened."""
@@ -114,6 +118,7 @@ class MlflowTracker:
         ended = int(time.time() * 1000)
         started = ended - int(result.seconds * 1000)
         run = self._client.create_run(self._experiment_id, start_time=started, run_name=result.key, tags=tags)
+        self._stage_runs[result.key] = run.info.run_id
         metrics = {"seconds": result.seconds, **_metrics(result.measurement)}
         self._log(run.info.run_id, metrics=metrics, params=_flat(result.facts))
         if result.notes:
@@ -122,6 +127,10 @@ class MlflowTracker:
         self._log(self._run_id, metrics=_prefixed(result.key, metrics))
         self._steps += 1
         self._log(self._run_id, metrics=_headline(metrics), step=self._steps)
+
+    def rolled_back(self, result: StageResult) -> None:
+        """The stage's result was dropped again."""
+        self._client.set_tag(self._stage_runs[result.key], "optpipe.status", "rolled_back")
 
     def finish(self, report: Report, folder: Path) -> None:
         """The final figures, report and model, and how the run ended."""

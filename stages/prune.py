@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@register("prune/channels", takes="torch", gives="torch", requires=("torch_pruning",))
+@register("prune/channels", takes="torch", gives="torch", requires=("torch_pruning",), needs_recovery=True)
 @dataclass(kw_only=True)
 class Channels:
     """Remove whole channels, least important groups first, so that the dense model really shrinks.

@@ -13,7 +13,7 @@ from optpipe.measure.latency import Bench, Contender
 from optpipe.measure.nursery import MeasureError
 from optpipe.measure.quality import delta_interval, interval, tango_interval
 from optpipe.measure.settings import Measure
-from optpipe.measure.statistics import Ratio, drift, half_width
+from optpipe.measure.statistics import Ratio, drift
 
 QUICK = Measure(replicas=3, rounds=3, max_seconds=0.6, noise_limit=2)
 
@@ -158,14 +158,6 @@ def test_intervals_over_processes_cover_the_truth_as_often_as_they_say() -> None
         ratio = Ratio.of(np.exp(logs), np.ones((7, 5)))
         covered += ratio.ci95[0] <= np.exp(0.2) <= ratio.ci95[1]
     assert 0.92 <= covered / 400 <= 0.98
-
-
-def test_a_bound_is_the_estimate_at_even_odds_and_falls_with_confidence() -> None:
-    ratio = Ratio.of(np.array([[2.0], [2.1], [1.9]]), np.ones((3, 1)))
-    assert ratio.bound(0.5) == pytest.approx(ratio.value)
-    assert ratio.value > ratio.bound(0.8) > ratio.bound(0.95)
-    assert ratio.bound(0.975) == pytest.approx(ratio.ci95[0])
-    assert half_width([1.0], 0.95) == np.inf
 
 
 def test_drift_is_what_all_processes_share() -> None:

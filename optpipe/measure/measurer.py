@@ -253,6 +253,9 @@ class Measurer:
             other_load_cores=comparison.other_load_cores,
             samples=f"{SAMPLES}/{file}.npz",
             quantiles_ms=[float(value) for value in np.percentile(times, np.arange(0, 101, 5))],
+            replica_p50_ms=[float(value) for value in np.median(comparison.medians(subject), axis=1)],
+            replica_speedups=speedup.each,
+            replica_speedups_same_runtime=[] if isinstance(same, NotMeasured) else same.each,
         )
         return Timed(latency, comparison.peak_memory_bytes[subject])
 

@@ -41,15 +41,16 @@ class Ratio:
         """Of the interval, as a share of the value."""
         return (self.ci95[1] - self.ci95[0]) / self.value
 
+    @property
+    def each(self) -> list[float]:
+        """The ratio in every replica."""
+        return [math.exp(log) for log in self.logs]
+
     def verdict(self, margin: float) -> Verdict:
         """`faster` or `slower` only where the whole interval lies beyond the margin of equivalence."""
         if self.ci95[0] > 1 + margin:
             return "faster"
         return "slower" if self.ci95[1] < 1 - margin else "same"
-
-    def bound(self, confidence: float) -> float:
-        """The value that the true ratio is above with probability `confidence`; 0.5 gives the estimate."""
-        return math.exp(math.log(self.value) - one_sided(self.logs, confidence))
 
 
 def half_width(values: Sequence[float] | Floats, confidence: float) -> float:

@@ -90,6 +90,9 @@ class Latency:
     other_load_cores: float = 0.0  # cores that other processes of the machine kept busy meanwhile
     samples: str = ""  # file in the run's folder with every call's time
     quantiles_ms: list[float] = field(default_factory=list)  # 0 %, 5 %, … 100 % of the calls, for a picture
+    replica_p50_ms: list[float] = field(default_factory=list)  # in each process, as the following
+    replica_speedups: list[float] = field(default_factory=list)
+    replica_speedups_same_runtime: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

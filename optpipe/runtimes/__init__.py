@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 Runner = Callable[..., list[Any]]
 
-RUNTIMES = ("torch", "onnxruntime")
+RUNTIMES = {"torch": "torch", "onnxruntime": "onnx"}  # the form that each takes, known without importing it
 
 
 class Runtime(Protocol):
