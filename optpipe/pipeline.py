@@ -238,6 +238,7 @@ class Loop:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
         artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=state.measurement)
+        self.measurer.save_quality(state.model)
         drop = self.measurer.validation_drop(state.model)
         self.report.budget.violations = self.plan.budget.violations(drop, state.measurement)
         self.report.status = "over_budget" if self.report.budget.violations else "ok"
