@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Predictions:
     targets: Any = None
     slices: dict[str, list[str]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def value(self) -> float:
         """The quality; NaN where the metric is undefined on these samples."""
         if self.scores is not None:

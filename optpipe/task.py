@@ -19,8 +19,12 @@ from optpipe.predictions import Predictions, Scores, as_scores, is_class, is_mul
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
 Split = Literal["train", "validation", "calibration", "test"]
-Slice = Callable[[Inputs, Any], Sequence[Any] | Tensor]  # (inputs of a batch, its target) -> a label per sample
+Slice = Callable[[Any, Any], Sequence[Any] | Tensor]  # (inputs of a batch, its target) -> a label per sample
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
+
+
+class SliceError(ValueError):
+    """A slice does not give one label per sample."""
 
 
 @dataclass(kw_only=True)
@@ -61,8 +65,8 @@ class Task:
         batches = [self._batch(model, inputs, target, split) for inputs, target in getattr(self, split)]
         if not batches:
             raise StageError(f"the {split} split is empty; it must hold at least one batch")
-        predictions = self._joined(batches, split)
         try:
+            predictions = self._joined(batches)
             value = predictions.value
         except Exception as error:  # the user's own metric
             raise self._refusal(split, error) from error
@@ -71,14 +75,17 @@ class Task:
         return predictions
 
     def slice_labels(self, inputs: Inputs, target: Any) -> dict[str, list[str]]:
-        """The label of each sample of a batch in each slice. Raises ValueError if their number is wrong."""
+        """The label of each sample of a batch in each slice. Raises SliceError where one fails to label each."""
         size = len(tensors_in(inputs)[0])
         found = {}
         for name, label in self.slices.items():
-            labels = label(inputs, target)
-            found[name] = [str(item) for item in (labels.tolist() if hasattr(labels, "tolist") else labels)]
+            try:
+                labels = label(inputs, target)
+                found[name] = [str(item) for item in (labels.tolist() if hasattr(labels, "tolist") else labels)]
+            except Exception as error:  # the user's own function
+                raise SliceError(f"slice '{name}' raised {type(error).__name__}: {error}") from error
             if len(found[name]) != size:
-                raise ValueError(f"slice '{name}' gave {len(found[name])} labels for {size} samples; give one for each")
+                raise SliceError(f"slice '{name}' gave {len(found[name])} labels for {size} samples; give one for each")
         return found
 
     def _batch(self, model: Callable[..., Any], inputs: Inputs, target: Any, split: Split) -> Predictions:
@@ -87,47 +94,50 @@ class Task:
             outputs = call(model, inputs)
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(outputs) if tensor.is_floating_point()):
             raise StageError(f"the model returns NaN or infinity on the {split} split; look at its weights and inputs")
-        scores = None if self.metric.score is None else self._scores(outputs, target, split)
-        whole = scores is None or is_multilabel(outputs, target)
+        size, whole = len(tensors_in(inputs)[0]), self.metric.score is None or is_multilabel(outputs, target)
         try:
-            slices = self.slice_labels(inputs, target)
-        except ValueError as error:
+            return Predictions(
+                metric=self.metric,
+                n=size,
+                scores=self._scores(outputs, target, size, split),
+                outputs=join([outputs]) if whole else None,
+                targets=join([target]) if whole or is_class(target) else None,
+                slices=self.slice_labels(inputs, target),
+            )
+        except TypeError as error:
+            raise self._refusal(split, error) from error
+        except SliceError as error:
             raise StageError(f"{error} ({split} split)") from error
-        return Predictions(
-            metric=self.metric,
-            n=len(tensors_in(inputs)[0]),
-            scores=scores,
-            outputs=outputs if whole else None,
-            targets=target if whole or is_class(target) else None,
-            slices=slices,
-        )
 
-    def _scores(self, outputs: Any, target: Any, split: Split) -> Scores:
-        assert self.metric.score is not None
+    def _scores(self, outputs: Any, target: Any, size: int, split: Split) -> Scores | None:
+        if self.metric.score is None:
+            return None
         try:
             scores = as_scores(self.metric.score(outputs, target))
         except Exception as error:  # the user's own metric
             raise self._refusal(split, error) from error
         if not np.isfinite(scores).all():
             raise StageError(f"metric '{self.metric.name}' returned NaN or infinity on the {split} split")
+        if len(scores) != size:
+            raise StageError(
+                f"metric '{self.metric.name}' gave {len(scores)} scores for {size} samples of the {split} split"
+            )
         return scores
 
-    def _joined(self, batches: list[Predictions], split: Split) -> Predictions:
-        keeps = [
-            all(getattr(batch, name) is not None for batch in batches) for name in ("scores", "outputs", "targets")
-        ]
-        scores, outputs, targets = keeps
-        try:
-            return Predictions(
-                metric=self.metric,
-                n=sum(batch.n for batch in batches),
-                scores=np.concatenate([batch.scores for batch in batches]) if scores else None,  # type: ignore[arg-type]
-                outputs=join([batch.outputs for batch in batches]) if outputs else None,
-                targets=join([batch.targets for batch in batches]) if targets else None,
-                slices={name: [x for batch in batches for x in batch.slices[name]] for name in self.slices},
-            )
-        except TypeError as error:
-            raise self._refusal(split, error) from error
+    def _joined(self, batches: list[Predictions]) -> Predictions:
+        """One split of its batches; what not every batch has is left out."""
+        parts: dict[str, list[Any]] = {
+            name: [getattr(batch, name) for batch in batches] for name in ("scores", "outputs", "targets")
+        }
+        kept = {name: all(part is not None for part in values) for name, values in parts.items()}
+        return Predictions(
+            metric=self.metric,
+            n=sum(batch.n for batch in batches),
+            scores=np.concatenate(parts["scores"]) if kept["scores"] else None,
+            outputs=join(parts["outputs"]) if kept["outputs"] else None,
+            targets=join(parts["targets"]) if kept["targets"] else None,
+            slices={name: [label for batch in batches for label in batch.slices[name]] for name in self.slices},
+        )
 
     def _refusal(self, split: Split, error: Exception) -> StageError:
         return StageError(
