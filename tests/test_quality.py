@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import my_network
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import optpipe
@@ -22,7 +27,10 @@ from optpipe.measure.proportions import (
 )
 from optpipe.measure.quality import drop, drop_bound, drop_interval, summary
 from optpipe.predictions import Predictions
-from optpipe.report import NotMeasured
+from optpipe.report import NotMeasured, Report
+from optpipe.report.console import table
+from optpipe.training import Schedule, fit
+from optpipe.zoo import digits
 
 CONFIDENCES = (0.05, 0.3, 0.5, 0.51, 0.7, 0.9, 0.95, 0.99, 0.999)
 
@@ -385,15 +393,15 @@ def test_a_test_split_that_is_shuffled_is_refused() -> None:
 
 
 def test_welch_and_cohens_d() -> None:
-    a, b = np.array([27.5, 21.0, 19.0, 23.6, 17.0, 17.9]), np.array([27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0])
+    # the first example of https://en.wikipedia.org/wiki/Welch%27s_t-test: means 20.8 and 23.0, 25.0 degrees, p = 0.021
+    a = np.array([27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4])
+    b = np.array([27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4])
     result = welch(a, b)
-    assert (
-        result.difference == pytest.approx(a.mean() - b.mean()) and result.ci95[0] < result.difference < result.ci95[1]
-    )
-    assert (result.p < 0.05) == (not result.ci95[0] <= 0 <= result.ci95[1])
-    assert cohens_d(np.array([2.0, 4, 7, 3, 7, 35, 8, 9]), np.array([1.0, 3, 6, 2, 6, 34, 7, 8])) == pytest.approx(
-        0.0957, abs=1e-4
-    )
+    assert (result.p, result.degrees_of_freedom) == pytest.approx((0.021, 25.0), abs=5e-2)
+    assert result.p == pytest.approx(0.021, abs=5e-4)
+    assert result.difference == pytest.approx(a.mean() - b.mean())
+    assert result.ci95[0] < result.difference < result.ci95[1] < 0
+    assert cohens_d(np.array([1.0, 2, 3]), np.array([3.0, 4, 5])) == -2
     assert cohens_d(a, b) == -cohens_d(b, a) == result.cohens_d
     with pytest.raises(ValueError, match="at least 2 values"):
         welch(a[:1], b)
@@ -406,3 +414,60 @@ def test_intervals_of_a_mean_are_wide_where_samples_are_few() -> None:
     few, many = interval(values[:5], False), interval(values, False)
     assert few[1] - few[0] > 4 * (many[1] - many[0])
     assert interval(np.full(5, 2.0), False) == (2.0, 2.0)
+
+
+# In a run
+
+
+def run(project: Path, model: nn.Module | None, data: Task, *overrides: str) -> Any:
+    """Nothing is timed."""
+    quick = ("target.instruction_set=neon", "tracking=none", "pipeline=[clip,trace]", *overrides)
+    return optpipe.optimize(
+        model, data, recipe="clip_int8", overrides=quick, config_dir="my_conf", output=project / "run"
+    )
+
+
+def test_the_digits_are_reported_by_class_and_by_ink(project: Path) -> None:
+    torch.manual_seed(0)
+    model, data = digits.DigitsNet(widths=(8, 8, 16)), digits.task()
+    fit(
+        model, data.train, lambda _, outputs, target: data.loss(outputs, target), Schedule(epochs=2, learning_rate=1e-2)
+    )
+    report = Report.read(run(project, model, data, "clip.limit=0.15").folder)
+    quality = report.final.measurement.quality
+    assert quality.delta < 0 and quality.lost > quality.gained and report.baseline.quality.groups
+    by_class = [group for group in quality.groups if group.by == "class"]
+    assert [group.label for group in by_class] == [str(digit) for digit in range(10)]
+    assert sum(group.n for group in by_class) == 450
+    assert {group.label for group in quality.groups if group.by == "ink"} == {"dark", "light"}
+    saved = {name: np.load(project / "run" / "quality" / f"{name}.npz")["scores"] for name in ("baseline", "final")}
+    assert saved["final"].mean() - saved["baseline"].mean() == pytest.approx(quality.delta)
+
+
+def test_a_model_is_judged_once_for_each_content_and_split(project: Path) -> None:
+    seen = []
+    data = replace(my_network.pixels(), slices={"seen": lambda _, target: seen.append(1) or target})
+    run(project, None, data, "clip.limit=1000")
+    once = len(data.test) + len(data.validation)
+    assert len(seen) == 1 + 2 * once  # the first check; the given model, which clip leaves as it is; the traced one
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"), [(metrics.f1(), "Δ points"), (metrics.mean_absolute_error(), "mae ↓"), (metrics.r2(), "Δ r2")]
+)
+def test_metrics_of_every_kind_travel_through_a_run(project: Path, metric: Metric, shown: str) -> None:
+    torch.manual_seed(0)
+    model, data = my_network.Perceptron().eval(), replace(my_network.pixels(), metric=metric)
+    for split in ("train", "validation", "calibration", "test"):  # targets that this model predicts well
+        logits = [(x, model(x).detach()) for x, _ in getattr(data, split)]
+        values = [(x, y + 0.05 * torch.randn(y.shape)) for x, y in logits]
+        setattr(data, split, values if metric.unit == "value" else [(x, y.argmax(1)) for x, y in values])
+    result = run(project, model, data, "clip.limit=0.05", "budget.quality_drop=0.001")
+    quality = result.report.final.measurement.quality
+    assert (quality.delta < 0) == metric.higher_is_better and quality.metric == metric.name
+    assert "quality_drop is" in result.report.budget.violations[0]
+    saved = np.load(project / "run" / "quality" / "final.npz")
+    assert set(saved) == ({"scores"} if metric.score else {"outputs", "targets"})
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(result.report))
+    assert shown in console.export_text()
