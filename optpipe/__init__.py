@@ -17,25 +17,37 @@ if TYPE_CHECKING:
     from optpipe.forms import ExportedFile as ExportedFile
     from optpipe.manifest import DeployedModel as DeployedModel
     from optpipe.manifest import load as load
+    from optpipe.metrics import Metric as Metric
+    from optpipe.metrics import f1 as f1
+    from optpipe.metrics import mean_absolute_error as mean_absolute_error
+    from optpipe.metrics import mean_squared_error as mean_squared_error
+    from optpipe.metrics import multilabel_accuracy as multilabel_accuracy
+    from optpipe.metrics import r2 as r2
+    from optpipe.metrics import top1_accuracy as top1_accuracy
     from optpipe.notebook import Result as Result
     from optpipe.notebook import optimize as optimize
     from optpipe.registry import register as register
-    from optpipe.task import Metric as Metric
     from optpipe.task import Task as Task
 
 _HOME = {
     "Context": "context",
     "DeployedModel": "manifest",
     "ExportedFile": "forms",
-    "Metric": "task",
+    "Metric": "metrics",
     "OptpipeError": "errors",
     "RecipeError": "errors",
     "Result": "notebook",
     "StageError": "errors",
     "Task": "task",
+    "f1": "metrics",
     "load": "manifest",
+    "mean_absolute_error": "metrics",
+    "mean_squared_error": "metrics",
+    "multilabel_accuracy": "metrics",
     "optimize": "notebook",
+    "r2": "metrics",
     "register": "registry",
+    "top1_accuracy": "metrics",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

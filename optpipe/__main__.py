@@ -107,7 +107,7 @@ def _started() -> float:
 
 
 def _show(report: Any, folder: Path) -> int:
-    """Print what came out; the exit code is 1 if the budget was broken and its policy is `stop`."""
+    """Print what came out; the exit code is 1 if the budget was broken and its policy is more than to warn."""
     from rich.console import Console
 
     from optpipe.report.console import table
@@ -119,7 +119,10 @@ def _show(report: Any, folder: Path) -> int:
     print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
     for violation in report.budget.violations:
         print(f"over budget: {violation}", file=sys.stderr)
-    return EXIT_PROBLEM if report.budget.violations and report.budget.policy == "stop" else 0
+    for check in report.budget.checks:
+        if check.where == "run" and check.holds and check.undecided:
+            print(f"budget: {check.said}", file=sys.stderr)
+    return EXIT_PROBLEM if report.budget.violations and report.budget.policy != "warn" else 0
 
 
 def _say_error(error: BaseException) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from optpipe.errors import did_you_mean
 from optpipe.measure.statistics import one_sided
 from optpipe.report import Check, Latency, Measurement, NotMeasured
 from optpipe.report.schema import Interval
@@ -63,17 +64,36 @@ class Budget(Limits):
 
     policy: Policy = Policy.warn
     confidence: float = 0.5  # that a limit must hold with; 0.95 is careful
-    stages: dict[str, Limits] = field(default_factory=dict)  # by step: limits on what it gives
+    stages: dict[str, Any] = field(default_factory=dict)  # by step: limits, as above, on what it gives
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"confidence is {self.confidence}; it must be at least 0.5 and below 1")
-        if self.policy is not Policy.warn and not (self.limits() or any(s.limits() for s in self.stages.values())):
+        if self.policy is not Policy.warn and not (self.limits() or self.stages):
             raise ValueError(f"policy is {self.policy.value}, but there is no limit that could break")
         for key, limits in self.stages.items():
-            if not limits.limits():
-                raise ValueError(f"stages.{key} sets no limit; there are {', '.join(LIMITS)}")
+            self.stages[key] = _limits_of_step(f"stages.{key}", limits)
+
+    def of_step(self, key: str) -> dict[str, float]:
+        """The limits on what one step gives."""
+        limits: dict[str, float] = self.stages[key].limits() if key in self.stages else {}
+        return limits
+
+
+def _limits_of_step(where: str, given: Any) -> Limits:
+    if isinstance(given, Limits):
+        return given
+    if not isinstance(given, dict):
+        raise ValueError(f"{where} is {given!r}; it must name limits, for example {{quality_drop: 0.01}}")
+    if not given:
+        raise ValueError(f"{where} sets no limit; there are {', '.join(LIMITS)}")
+    for name, value in given.items():
+        if name not in LIMITS:
+            raise ValueError(f"{where} has no limit '{name}'{did_you_mean(str(name), LIMITS)}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{where}: {name} is {value!r}; it must be a number")
+    return Limits(**given)
 
 
 @dataclass(frozen=True)

@@ -393,21 +393,25 @@ def _relaxed(config: DictConfig, entries: list[Entry], problems: list[str]) -> d
     """The milder steps that `relax` lists. What it varies is put in words, in the pipeline's own steps too."""
     listed = OmegaConf.to_container(config.get("relax") or OmegaConf.create({}))
     if not isinstance(listed, dict):
-        problems.append(f"relax is {listed!r}; it lists milder settings by step, for example {{prune: [{{ratio: 0.3}}]}}")
+        problems.append(
+            f"relax is {listed!r}; it lists milder settings by step, for example {{prune: [{{ratio: 0.3}}]}}"
+        )
         return {}
     keys = [entry.key if isinstance(entry, Step) else "" for entry in entries]
     relax: dict[str, list[Step]] = {}
-    for key, milder in listed.items():
+    for key, milder in ((str(key), milder) for key, milder in listed.items()):
         if not key or key not in keys:
-            problems.append(f"relax names '{key}', which is no step of the pipeline{did_you_mean(str(key), keys)}")
+            problems.append(f"relax names '{key}', which is no step of the pipeline{did_you_mean(key, keys)}")
         elif not (isinstance(milder, list) and milder and all(isinstance(item, dict) and item for item in milder)):
             problems.append(f"relax.{key} is {milder!r}; it must list settings, for example [{{ratio: 0.3}}]")
         else:
-            steps = [_milder(config, str(key), settings, problems) for settings in milder]
-            relax[str(key)] = [step for step in steps if step]
+            steps = [_milder(config, key, settings, problems) for settings in milder]
+            relax[key] = [step for step in steps if step]
+            own_step = entries[keys.index(key)]
+            assert isinstance(own_step, Step)
             varied = sorted({name for settings in milder for name in settings})
             own = ", ".join(f"{name}={OmegaConf.select(config, f'{key}.{name}')}" for name in varied)
-            entries[keys.index(key)] = replace(entries[keys.index(key)], settings=own)
+            entries[keys.index(key)] = replace(own_step, settings=own)
     return relax
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optpipe import sources, tracking
+from optpipe.budget import AT_LEAST, LIMITS, Limits
 from optpipe.plan import Plan, Step, forms_along
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def execute(
     task = sources.build_task(plan.data, plan.subject) if task is None else task
     model = sources.build_model(plan.model, plan.subject) if model is None else model
     model_seconds = time.perf_counter() - begin
-    preflight.check(model, task, plan.subject)
+    preflight.check(model, task, plan.budget, plan.subject)
     plan = replace(plan, device=_resolved(plan.device))
     tracker = tracking.tracker(plan.tracking, Path.cwd())
     return pipeline.run(plan, model, task, folder, tracker, started, model_seconds)
@@ -51,7 +52,15 @@ def describe(plan: Plan) -> str:
     for number, (entry, before, after) in enumerate(forms_along(plan.entries), 1):
         name = f"{entry.key} ({entry.info.name})" if isinstance(entry, Step) else entry.key
         lines.append(f"  {number}. {name:<40} {before} -> {after}")
-    limits = ", ".join(f"{name} ≤ {limit:g}" for name, limit in plan.budget.limits().items())
-    lines.append(f"  budget: {limits or 'no limits'}; model: {plan.model.factory}; data: {plan.data.factory}")
+    limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
+    budget = ", ".join(filter(None, limits)) or "no limits"
+    lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")
+    lines.append(f"  model: {plan.model.factory}; data: {plan.data.factory}")
     lines.append("  nothing was run (dry_run=true)")
     return "\n".join(lines)
+
+
+def _limits(prefix: str, limits: Limits) -> str:
+    """As in \"quality_drop ≤ 0.01, speedup ≥ 2\"."""
+    signs = {name: "≥" if name in AT_LEAST else "≤" for name in LIMITS}
+    return ", ".join(f"{prefix}{name} {signs[name]} {limit:g}" for name, limit in limits.limits().items())

@@ -63,7 +63,9 @@ def run(
         overrides=plan.overrides,
         environment=environment(),
         model_seconds=model_seconds,
-        budget=BudgetReport(limits=plan.budget.limits(), policy=plan.budget.policy.value, confidence=plan.budget.confidence),
+        budget=BudgetReport(
+            limits=plan.budget.limits(), policy=plan.budget.policy.value, confidence=plan.budget.confidence
+        ),
     )
     report.mlflow_run_id = tracker.start({"recipe": plan.recipe, **plan.config}, folder)
     with Bench(plan.measure, folder / "00_baseline" / "workers") as bench:
@@ -139,7 +141,7 @@ class Loop:
     def _judge(self, entry: Entry) -> None:
         """Judge the current state by the limits on `entry` and the run's on quality; act where one is broken."""
         budget, state = self.plan.budget, self.states[-1]
-        limits = budget.stages[entry.key].limits() if entry.key in budget.stages else {}
+        limits = budget.of_step(entry.key)
         waits = isinstance(entry, Step) and entry.info.needs_recovery and self.number < len(self.plan.entries)
         if budget.quality_drop is not None and not waits:
             limits.setdefault("quality_drop", budget.quality_drop)
@@ -158,7 +160,7 @@ class Loop:
             return
         if budget.policy in (Policy.rollback, Policy.relax) and self._roll_back(said):
             return
-        own = budget.stages[entry.key].limits() if entry.key in budget.stages else {}
+        own = budget.of_step(entry.key)
         self.broken += [f"after '{entry.key}', {check.said}" for check in broken if check.limit in own]
         say(f"  over budget: {said}")
 
@@ -172,7 +174,7 @@ class Loop:
 
     def _drop(self, state: State) -> Estimate:
         """The quality that `state` lost on validation samples; none without doubt if nothing has changed."""
-        points = self.task.metric.is_fraction
+        points = self.task.metric.unit == "fraction"
         unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
         if state.hash == self.states[0].hash:
             return replace(Estimate.exact(0.0), unit=unit, scale=scale)

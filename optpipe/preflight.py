@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from optpipe.errors import RecipeError
-from optpipe.task import SPLITS, Task, call, tensors_in
+from optpipe.budget import Budget
+from optpipe.errors import RecipeError, StageError
+from optpipe.measure.proportions import samples_needed, smallest_provable_drop
+from optpipe.predictions import Predictions, as_scores, is_class, is_multilabel, join
+from optpipe.task import SPLITS, SliceError, Task, call, tensors_in
 
 
-def check(model: Any, task: Any, subject: str) -> None:
-    """Raise RecipeError with every problem of `model` and `task`."""
+def check(model: Any, task: Any, budget: Budget, subject: str) -> None:
+    """Raise RecipeError with every problem of `model` and `task`, and with limits that the task cannot decide."""
     problems = []
     if not isinstance(model, nn.Module):
         problems.append(f"model: the factory returned {type(model).__name__}; it must return a torch.nn.Module")
@@ -22,9 +26,29 @@ def check(model: Any, task: Any, subject: str) -> None:
         raise RecipeError(problems, subject)
     problems = _task_problems(task) + _weight_problems(model)
     if not problems:
-        problems = _call_problems(model, task)
+        problems = _call_problems(model, task) + _confidence_problems(task, budget)
     if problems:
         raise RecipeError(problems, subject)
+
+
+def _confidence_problems(task: Task, budget: Budget) -> list[str]:
+    """Limits on quality that this many validation samples could not show to hold even if not one of them flipped."""
+    limits = [one.quality_drop for one in (budget, *budget.stages.values()) if one.quality_drop is not None]
+    if not limits or budget.confidence <= 0.5 or task.metric.score is None:
+        return []
+    _, target = next(iter(task.validation))
+    binary = task.metric.unit == "fraction" and is_class(target)
+    n = sum(len(tensors_in(inputs)[0]) for inputs, _ in task.validation)
+    least = smallest_provable_drop(n, budget.confidence, binary)
+    if min(limits) >= least:
+        return []
+    remedy = f"raise the limit to {least:.4f}" if least < 1 else "raise the limit"
+    if min(limits) > 0:
+        remedy = f"give at least {samples_needed(min(limits), budget.confidence)} samples, {remedy}"
+    return [
+        f"budget.quality_drop={min(limits):g} at confidence={budget.confidence:g} cannot be shown to hold with {n} "
+        f"validation samples, even if none flips; {remedy}, or lower budget.confidence"
+    ]
 
 
 def _task_problems(task: Task) -> list[str]:
@@ -41,6 +65,11 @@ def _task_problems(task: Task) -> list[str]:
             problems.append(f"data: the {split} split yields {type(first).__name__}; it must yield (inputs, target)")
         elif any(len(tensor) == 0 for tensor in tensors_in(first[0])):
             problems.append(f"data: the {split} split starts with an empty batch; it must hold at least one sample")
+        elif split in ("validation", "test") and not _starts_with(getattr(task, split), first):
+            problems.append(
+                f"data: the {split} split starts with other samples when it is read again; models are compared sample "
+                "by sample, so give it unshuffled, without random augmentation, as what can be read many times"
+            )
     examples = tensors_in(task.example_inputs)
     if not examples:
         problems.append("data: example_inputs holds no tensor; it must be a tensor, a tuple or a dict of tensors")
@@ -75,13 +104,74 @@ def _call_problems(model: nn.Module, task: Task) -> list[str]:
             problems.append(f"model: it returns NaN or infinity on {what}; look at its weights and the data's scaling")
     if problems:
         return problems
+    return _metric_problems(model, task, outputs, inputs, target) + _group_problems(task, inputs, target)
+
+
+def _metric_problems(model: nn.Module, task: Task, outputs: Any, inputs: Any, target: Any) -> list[str]:
+    """Judge the first batch of the test split; all of it where a metric over a whole split is undefined there."""
+    metric, size = task.metric, len(tensors_in(inputs)[0])
+    shapes = f"outputs {_shapes(outputs)}, targets {_shapes(target)}"
     try:
-        scores = task.metric.score(outputs, target)
+        if metric.score is not None:
+            values = as_scores(metric.score(outputs, target))
+        else:
+            whole = Predictions(metric=metric, n=size, scores=None, outputs=join([outputs]), targets=join([target]))
+            values = np.array([whole.value])
     except Exception as error:  # the user's own metric
-        return [f"data: metric '{task.metric.name}' cannot judge the outputs ({type(error).__name__}: {error})"]
-    if scores.numel() != len(target):
+        return [f"data: metric '{metric.name}' cannot judge {shapes} ({type(error).__name__}: {error})"]
+    if metric.score is not None and len(values) != size:
         return [
-            f"data: metric '{task.metric.name}' gave {scores.numel()} scores for {len(target)} samples; "
-            "it must give one per sample"
+            f"data: metric '{metric.name}' gave {len(values)} scores for {size} samples, {shapes}; it must give one "
+            "per sample, or be compute= instead of score= if it judges a whole split"
         ]
+    if not np.isfinite(values).all():
+        return _undefined(model, task, shapes)
+    if metric.unit == "fraction" and (values.min() < 0 or values.max() > 1):
+        odd = values[(values < 0) | (values > 1)][0]
+        return [f"data: metric '{metric.name}' gave {odd:.4g}, no share between 0 and 1; make it with unit='value'"]
     return []
+
+
+def _undefined(model: nn.Module, task: Task, shapes: str) -> list[str]:
+    """A metric over a whole split may be undefined on one batch of it, but not on all."""
+    if task.metric.score is not None:
+        return [f"data: metric '{task.metric.name}' gives NaN or infinity for {shapes}; each score must be finite"]
+    problems = []
+    for split in ("test", "validation"):
+        try:
+            task.predict(model.eval(), split)  # type: ignore[arg-type]
+        except StageError as error:
+            problems.append(f"data: {error}")
+    return problems
+
+
+def _group_problems(task: Task, inputs: Any, target: Any) -> list[str]:
+    """Slices and names of classes that do not fit the first batch of the test split."""
+    problems = []
+    try:
+        task.slice_labels(inputs, target)
+    except SliceError as error:
+        problems.append(f"data: {error}")
+    if task.class_names is not None:
+        names = len(task.class_names)
+        if is_class(target) and int(target.max()) >= names:
+            problems.append(
+                f"data: class_names holds {names} names, but class {int(target.max())} occurs in the test split"
+            )
+        elif is_multilabel(target, target) and target.shape[1] != names:
+            problems.append(f"data: class_names holds {names} names for {target.shape[1]} labels; give one for each")
+    return problems
+
+
+def _starts_with(split: Any, first: Any) -> bool:
+    """Whether a split that is read again starts with the same samples, on which paired differences rest."""
+    again = next(iter(split), None)
+    if again is None:
+        return False
+    return all(map(torch.equal, tensors_in(first[0]), tensors_in(again[0])))
+
+
+def _shapes(value: Any) -> str:
+    """Shape and type of each tensor, or the kind of thing where there is none."""
+    tensors = tensors_in(value)
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in tensors) if tensors else type(value).__name__

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optpipe.errors import StageError
+from optpipe.metrics import Metric as Metric
+from optpipe.metrics import top1_accuracy as top1_accuracy
+from optpipe.predictions import Predictions, Scores, as_scores, is_class, is_multilabel, join
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
 Split = Literal["train", "validation", "calibration", "test"]
+Slice = Callable[[Any, Any], Sequence[Any] | Tensor]  # (inputs of a batch, its target) -> a label per sample
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "test")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How good one prediction is. A model's quality is the mean over a split.
-
-    score: (outputs of a batch, its targets) -> one number per sample, shape (n,).
-    """
-
-    name: str
-    score: Callable[[Any, Any], Tensor]
-    higher_is_better: bool = True
-
-
-def top1_accuracy() -> Metric:
-    """The share of samples whose largest logit is the target class; outputs (n, classes), targets (n,)."""
-    return Metric(name="accuracy", score=lambda outputs, target: (outputs.argmax(dim=1) == target).float())
+class SliceError(ValueError):
+    """A slice does not give one label per sample."""
 
 
 @dataclass(kw_only=True)
@@ -52,26 +45,112 @@ class Task:
     fingerprint: str | None = None  # identifies the data; without it no result is shared between runs
     input_names: list[str] | None = None  # names in the exported graph; by default those of `forward`
     output_names: list[str] | None = None
+    class_names: list[str] | None = None  # of the classes, or of the labels of a multi-label target
+    slices: dict[str, Slice] = field(default_factory=dict)  # quality is also told for each of their labels
 
     def evaluate(self, model: Callable[..., Any], split: Split) -> Tensor:
-        """Per-sample scores of `model` on `split`, shape (n,), float64.
+        """Scores of `model` on `split` whose mean is its quality, float64.
 
-        Raises StageError if the split is empty or an output is not a finite number.
+        One per sample, shape (n,); a metric over the whole split gives one, shape (1,). Raises as `predict` does.
         """
-        parts = [self._scores(model, batch, target, split) for batch, target in getattr(self, split)]
-        if not parts:
-            raise StageError(f"the {split} split is empty; it must hold at least one batch")
-        return torch.cat(parts)
+        predictions = self.predict(model, split)
+        return torch.from_numpy(np.array([predictions.value]) if predictions.scores is None else predictions.scores)
 
-    def _scores(self, model: Callable[..., Any], inputs: Inputs, target: Any, split: Split) -> Tensor:
+    def predict(self, model: Callable[..., Any], split: Split) -> Predictions:
+        """What `model` says on `split`, judged.
+
+        Raises StageError if the split is empty, an output is not a finite number, the metric gives NaN or refuses, or
+        a slice does not label every sample.
+        """
+        batches = [self._batch(model, inputs, target, split) for inputs, target in getattr(self, split)]
+        if not batches:
+            raise StageError(f"the {split} split is empty; it must hold at least one batch")
+        try:
+            predictions = self._joined(batches)
+            value = predictions.value
+        except Exception as error:  # the user's own metric
+            raise self._refusal(split, error) from error
+        if not math.isfinite(value):
+            raise StageError(f"metric '{self.metric.name}' is {value} on the {split} split{_why(predictions)}")
+        return predictions
+
+    def slice_labels(self, inputs: Inputs, target: Any) -> dict[str, list[str]]:
+        """The label of each sample of a batch in each slice. Raises SliceError where one fails to label each."""
+        size = len(tensors_in(inputs)[0])
+        found = {}
+        for name, label in self.slices.items():
+            try:
+                labels = label(inputs, target)
+                found[name] = [str(item) for item in (labels.tolist() if hasattr(labels, "tolist") else labels)]
+            except Exception as error:  # the user's own function
+                raise SliceError(f"slice '{name}' raised {type(error).__name__}: {error}") from error
+            if len(found[name]) != size:
+                raise SliceError(f"slice '{name}' gave {len(found[name])} labels for {size} samples; give one for each")
+        return found
+
+    def _batch(self, model: Callable[..., Any], inputs: Inputs, target: Any, split: Split) -> Predictions:
+        """One batch; outputs and targets only as far as they are needed later."""
         with torch.no_grad():
             outputs = call(model, inputs)
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(outputs) if tensor.is_floating_point()):
             raise StageError(f"the model returns NaN or infinity on the {split} split; look at its weights and inputs")
-        scores = self.metric.score(outputs, target).detach().to("cpu", torch.float64).flatten()
-        if not torch.isfinite(scores).all():
+        size, whole = len(tensors_in(inputs)[0]), self.metric.score is None or is_multilabel(outputs, target)
+        try:
+            return Predictions(
+                metric=self.metric,
+                n=size,
+                scores=self._scores(outputs, target, size, split),
+                outputs=join([outputs]) if whole else None,
+                targets=join([target]) if whole or is_class(target) else None,
+                slices=self.slice_labels(inputs, target),
+            )
+        except TypeError as error:
+            raise self._refusal(split, error) from error
+        except SliceError as error:
+            raise StageError(f"{error} ({split} split)") from error
+
+    def _scores(self, outputs: Any, target: Any, size: int, split: Split) -> Scores | None:
+        if self.metric.score is None:
+            return None
+        try:
+            scores = as_scores(self.metric.score(outputs, target))
+        except Exception as error:  # the user's own metric
+            raise self._refusal(split, error) from error
+        if not np.isfinite(scores).all():
             raise StageError(f"metric '{self.metric.name}' returned NaN or infinity on the {split} split")
+        if len(scores) != size:
+            raise StageError(
+                f"metric '{self.metric.name}' gave {len(scores)} scores for {size} samples of the {split} split"
+            )
         return scores
+
+    def _joined(self, batches: list[Predictions]) -> Predictions:
+        """One split of its batches; what not every batch has is left out."""
+        parts: dict[str, list[Any]] = {
+            name: [getattr(batch, name) for batch in batches] for name in ("scores", "outputs", "targets")
+        }
+        kept = {name: all(part is not None for part in values) for name, values in parts.items()}
+        return Predictions(
+            metric=self.metric,
+            n=sum(batch.n for batch in batches),
+            scores=np.concatenate(parts["scores"]) if kept["scores"] else None,
+            outputs=join(parts["outputs"]) if kept["outputs"] else None,
+            targets=join(parts["targets"]) if kept["targets"] else None,
+            slices={name: [label for batch in batches for label in batch.slices[name]] for name in self.slices},
+        )
+
+    def _refusal(self, split: Split, error: Exception) -> StageError:
+        return StageError(
+            f"metric '{self.metric.name}' cannot judge the {split} split ({type(error).__name__}: {error})"
+        )
+
+
+def _why(predictions: Predictions) -> str:
+    """A likely reason of a metric that is undefined."""
+    classes = predictions.classes
+    if classes is None or len(np.unique(classes)) > 1:
+        return f", {predictions.n} samples; it must be a finite number"
+    return f", where only class {classes[0]} occurs; give samples of other classes"
 
 
 def call(model: Callable[..., Any], inputs: Inputs) -> Any:

@@ -17,17 +17,20 @@ from optpipe import lower
 from optpipe.errors import StageError
 from optpipe.forms import form, form_of
 from optpipe.machine import machine_lock
+from optpipe.measure import quality
 from optpipe.measure.latency import Bench, Comparison, Contender
 from optpipe.measure.nursery import MeasureError
-from optpipe.measure.quality import Scores, delta_interval, interval
 from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
+from optpipe.predictions import Predictions
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Sustained
 from optpipe.runtimes import runtime
 from optpipe.target import Target
-from optpipe.task import Inputs, Task, batch_of
+from optpipe.task import Inputs, Split, Task, batch_of
 
 SAMPLES = "samples"
+QUALITY = "quality"
+MOST_JUDGED = 8  # predictions kept at once, beside the baseline's
 NAMES = ("eager", "exported")  # of the baseline's two contenders
 
 
@@ -54,7 +57,8 @@ class Measurer:
         self._timed: dict[tuple[Any, ...], Timed] = {}
         self._baseline = Contender(self._folder, "torch", target.threads)
         self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
-        self._scores: dict[str, Scores] = {}
+        self._reference: dict[Split, Predictions] = {}
+        self._judged: dict[tuple[str, Split], Predictions] = {}  # the latest, by the content of the model
 
     def baseline(self, model: nn.Module) -> Measurement:
         """Measure `model` as it came in, and exported unoptimised to the target's runtime; the rest compares to it."""
@@ -62,7 +66,7 @@ class Measurer:
             if self.target.is_host:
                 self._bench.prepare(["torch", self.target.runtime])  # imported while the model is judged and exported
             form("torch").save(model, self._folder)
-            self._scores = {split: self._evaluate(model, split) for split in ("test", "validation")}
+            self._reference = {"test": self._predict(model, "test"), "validation": self._predict(model, "validation")}
             exported = self._folder / "exported"
             exported.mkdir(exist_ok=True)
             try:
@@ -73,7 +77,7 @@ class Measurer:
             timed = self._baseline_against_itself()
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
-                quality=self._quality(self._scores["test"]),
+                quality=self._quality(self._reference["test"]),
                 latency=timed if isinstance(timed, NotMeasured) else [entry.latency for entry in timed],
                 peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed[0].peak_memory_bytes,
             )
@@ -94,16 +98,28 @@ class Measurer:
                 timed = size = NotMeasured(f"no preview of this model was exported: {error}")
             return Measurement(
                 size_bytes=size,
-                quality=self._quality(self._evaluate(model, "test")),
+                quality=self._quality(self._predict(model, "test")),
                 latency=timed if isinstance(timed, NotMeasured) else [replace(timed.latency, preview=preview)],
                 peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed.peak_memory_bytes,
             )
 
-    def validation_drop(self, model: Any) -> float:
-        """How much quality `model` lost against the baseline on the validation split, as a fraction."""
+    def validation(self, model: Any) -> Predictions:
+        """`model` on the validation split, which limits are judged on."""
         with self._clock():
-            drop = float(self._scores["validation"].mean() - self._evaluate(model, "validation").mean())
-        return drop if self.task.metric.higher_is_better else -drop
+            return self._predict(model, "validation")
+
+    @property
+    def validation_baseline(self) -> Predictions:
+        """The baseline on the validation split."""
+        return self._reference["validation"]
+
+    def save_quality(self, model: Any) -> None:
+        """Keep how the baseline and `model`, the run's result, did on each test sample, in the run's folder."""
+        with self._clock():
+            folder = self._run_folder / QUALITY
+            folder.mkdir(exist_ok=True)
+            np.savez(folder / "baseline.npz", **self._reference["test"].arrays())  # type: ignore[arg-type]
+            np.savez(folder / "final.npz", **self._predict(model, "test").arrays())  # type: ignore[arg-type]
 
     def latencies(
         self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]
@@ -259,23 +275,21 @@ class Measurer:
         )
         return Timed(latency, comparison.peak_memory_bytes[subject])
 
-    def _quality(self, scores: Scores) -> Quality:
-        base = self._scores["test"]
-        return Quality(
-            metric=self.task.metric.name,
-            value=float(scores.mean()),
-            ci95=interval(scores),
-            n=len(scores),
-            delta=float(scores.mean() - base.mean()),
-            delta_ci95=delta_interval(scores, base),
-        )
+    def _quality(self, predictions: Predictions) -> Quality:
+        with machine_lock().working():
+            return quality.summary(predictions, self._reference["test"], self.task.class_names)
 
-    def _evaluate(self, model: Any, split: Any) -> Scores:
+    def _predict(self, model: Any, split: Split) -> Predictions:
+        """`model` on `split`, once for each content: steps hand one model on, and limits and figures ask again."""
         current = form_of(model)
         assert current is not None
-        with machine_lock().working():
-            scores: Scores = self.task.evaluate(current.as_callable(model), split).numpy()
-        return scores
+        key = (current.content_hash(model), split)
+        if key not in self._judged:
+            with machine_lock().working():
+                self._judged[key] = self.task.predict(current.as_callable(model), split)
+            for old in list(self._judged)[:-MOST_JUDGED]:
+                del self._judged[old]
+        return self._judged[key]
 
     def _inputs(self, batch_size: int) -> Path:
         """The .npz file of the first `batch_size` validation samples."""

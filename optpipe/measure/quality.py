@@ -1,69 +1,129 @@
-"""Intervals of a quality and of its difference from the baseline's on the same samples."""
+"""How good a model is and how much it lost against the baseline, judged on the same samples."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Scores = NDArray[np.float64]
-Interval = tuple[float, float]
-Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
-BOOTSTRAP_SAMPLES = 2000
+from optpipe.errors import StageError
+from optpipe.measure.bootstrap import WHOLE_RESAMPLES
+from optpipe.measure.groups import groups, name_of
+from optpipe.measure.intervals import (
+    Undefined,
+    difference_interval,
+    difference_quantiles,
+    flips,
+    resampled,
+    value_interval,
+)
+from optpipe.measure.intervals import delta_interval as delta_interval
+from optpipe.measure.intervals import interval as interval
+from optpipe.measure.proportions import mcnemar_p
+from optpipe.measure.proportions import samples_needed as samples_needed
+from optpipe.measure.proportions import smallest_provable_drop as smallest_provable_drop
+from optpipe.measure.proportions import tango_interval as tango_interval
+from optpipe.predictions import Predictions
+from optpipe.report.schema import Interval, NotMeasured, Quality
+
+FEW_SAMPLES = 30
 
 
-def interval(scores: Scores) -> Interval:
-    """95 % interval of the mean of per-sample `scores`, shape (n,).
+def summary(predictions: Predictions, baseline: Predictions, class_names: list[str] | None = None) -> Quality:
+    """The quality of a model on the test split, its distance from the baseline's, and both for every group.
 
-    Scores of 0 and 1: Wilson's score interval (1927). Others: percentile bootstrap.
+    Raises StageError if the two were not judged on the same samples, or those are too few for an interval.
     """
-    if not _is_binary(scores):
-        return _bootstrap(scores)
-    n, p = len(scores), float(scores.mean())
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * float(np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    _same_samples(predictions, baseline)
+    try:
+        ci95, delta_ci95 = value_interval(predictions), difference_interval(predictions, baseline)
+    except Undefined as error:
+        raise StageError(f"metric '{predictions.metric.name}' cannot be given an interval: {error}") from error
+    found, left_out = groups(predictions, baseline, class_names)
+    metric, flipped = predictions.metric, flips(predictions, baseline)
+    unknown = NotMeasured("the metric is not right or wrong per sample")
+    return Quality(
+        metric=metric.name,
+        value=predictions.value,
+        ci95=ci95,
+        n=predictions.n,
+        delta=predictions.value - baseline.value,
+        delta_ci95=delta_ci95,
+        higher_is_better=metric.higher_is_better,
+        unit=metric.unit,
+        gained=flipped[0] if flipped else unknown,
+        lost=flipped[1] if flipped else unknown,
+        mcnemar_p=mcnemar_p(*flipped) if flipped else unknown,
+        groups=found,
+        notes=[*_notes(predictions, baseline, delta_ci95, class_names), *left_out],
+    )
 
 
-def delta_interval(scores: Scores, baseline: Scores) -> Interval:
-    """95 % interval of mean(scores) - mean(baseline), both per sample on the same samples, shape (n,).
+def drop(predictions: Predictions, baseline: Predictions) -> float:
+    """The quality that was lost: positive where the model is worse, whichever way the metric points."""
+    lost = baseline.value - predictions.value
+    return lost if predictions.metric.higher_is_better else -lost
 
-    Scores of 0 and 1: Tango's score interval for paired proportions (Statistics in Medicine 17, 1998), which does not
-    shrink to nothing where no sample flips. Others: paired percentile bootstrap.
+
+def drop_bound(predictions: Predictions, baseline: Predictions, confidence: float) -> float:
+    """What the true drop is below with probability `confidence`, one-sided; 0.5 gives `drop`.
+
+    Raises ValueError if `confidence` is not between 0 and 1, StageError as `summary` does.
     """
-    if not (_is_binary(scores) and _is_binary(baseline)):
-        return _bootstrap(scores - baseline)
-    gained = int(((scores == 1) & (baseline == 0)).sum())
-    lost = int(((scores == 0) & (baseline == 1)).sum())
-    return tango_interval(gained, lost, len(scores))
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must be above 0 and below 1")
+    estimate = drop(predictions, baseline)
+    if confidence == 0.5:
+        return estimate
+    bound = _drop_quantiles(predictions, baseline, (confidence,))[0]
+    # a bootstrap's median may lie beside the estimate; a bound may not cross it
+    return max(bound, estimate) if confidence > 0.5 else min(bound, estimate)
 
 
-def tango_interval(gained: int, lost: int, n: int) -> Interval:
-    """95 % score interval of (gained - lost) / n, where of n pairs `gained` and `lost` are discordant."""
-    from scipy.optimize import brentq
-
-    estimate = (gained - lost) / n
-
-    def statistic(delta: float) -> float:
-        # maximum-likelihood estimate of the probability of `lost` under the constraint of this delta
-        a = 2 * n
-        b = -gained - lost + (2 * n - gained + lost) * delta
-        c = -lost * delta * (1 - delta)
-        q = (np.sqrt(b * b - 4 * a * c) - b) / (2 * a)
-        variance = n * (2 * q + delta * (1 - delta))
-        return float((gained - lost - n * delta) / np.sqrt(variance)) if variance > 0 else 0.0
-
-    edge = 1e-9
-    low = brentq(lambda d: statistic(d) - Z95, -1 + edge, estimate - edge) if estimate > -1 + 2 * edge else -1.0
-    high = brentq(lambda d: statistic(d) + Z95, estimate + edge, 1 - edge) if estimate < 1 - 2 * edge else 1.0
-    return float(low), float(high)
+def drop_interval(predictions: Predictions, baseline: Predictions) -> Interval:
+    """95 % interval of the drop. Raises StageError as `summary` does."""
+    low, high = _drop_quantiles(predictions, baseline, (0.025, 0.975))
+    return low, high
 
 
-def _is_binary(scores: Scores) -> bool:
-    return bool(np.isin(scores, (0.0, 1.0)).all())
+def _drop_quantiles(predictions: Predictions, baseline: Predictions, probabilities: tuple[float, ...]) -> list[float]:
+    _same_samples(predictions, baseline)
+    higher = predictions.metric.higher_is_better
+    wanted = [1 - probability if higher else probability for probability in probabilities]
+    try:
+        found = difference_quantiles(predictions, baseline, wanted)
+    except Undefined as error:
+        raise StageError(f"metric '{predictions.metric.name}' cannot be given an interval: {error}") from error
+    return [-quantile if higher else quantile for quantile in found]
 
 
-def _bootstrap(values: Scores) -> Interval:
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def _same_samples(predictions: Predictions, baseline: Predictions) -> None:
+    if predictions.n != baseline.n:
+        raise StageError(
+            f"the model was judged on {predictions.n} samples and the baseline on {baseline.n}; a split must hold the "
+            "same samples, in the same order, each time that it is read"
+        )
+    if predictions.n < 2:
+        raise StageError("the split holds 1 sample; an interval needs at least 2")
+
+
+def _notes(
+    predictions: Predictions, baseline: Predictions, delta_ci95: Interval, class_names: list[str] | None
+) -> list[str]:
+    notes, n, metric = [], predictions.n, predictions.metric
+    classes = predictions.classes
+    if classes is not None and len(np.unique(classes)) == 1:
+        only = name_of(int(classes[0]), class_names)
+        notes.append(f"only class {only} occurs in the test split: {metric.name} says nothing about the others")
+    if flips(predictions, baseline) is not None:
+        unseen = smallest_provable_drop(n, 0.975) * 100
+        notes.append(f"with {n} samples, differences below ±{unseen:.2g} points cannot be told apart")
+    elif n < FEW_SAMPLES:
+        notes.append(f"with {n} samples the intervals are rough")
+    if delta_ci95[0] == delta_ci95[1]:
+        notes.append("no resample shows another difference: its interval has no width, which is not certainty")
+    if predictions.scores is None:
+        undefined = int(np.isnan(resampled(predictions, WHOLE_RESAMPLES)).sum())
+        if undefined:
+            notes.append(
+                f"{metric.name} is undefined on {undefined} of {WHOLE_RESAMPLES} resamples, which are left out"
+            )
+    return notes

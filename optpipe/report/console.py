@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optpipe.report.schema import Latency, Measurement, NotMeasured, Report
+from optpipe.report.schema import Latency, Measurement, NotMeasured, Quality, Report
 
 
 def table(report: Report) -> Any:
@@ -16,7 +16,7 @@ def table(report: Report) -> Any:
     view = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for column in ("step", "status", "s"):
         view.add_column(column, justify="right" if column == "s" else "left", no_wrap=True)
-    for column in ("KB", "quality", "Δ points [95 %]", "p50 ms", "× faster [95 %]", "verdict", "× same runtime"):
+    for column in ("KB", *_headings(report.baseline), "p50 ms", "× faster [95 %]", "verdict", "× same runtime"):
         view.add_column(column, justify="right", no_wrap=True)
     if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
         for entry in report.baseline.latency:
@@ -31,17 +31,33 @@ def table(report: Report) -> Any:
     return view
 
 
+def _headings(baseline: Measurement | NotMeasured) -> tuple[str, str]:
+    """Of the quality and its difference: an arrow down marks a metric of which less is better."""
+    if isinstance(baseline, NotMeasured) or isinstance(baseline.quality, NotMeasured):
+        return "quality", "Δ [95 %]"
+    quality = baseline.quality
+    name, unit = ("quality", "points") if quality.unit == "fraction" else (quality.metric, quality.metric)
+    return name + ("" if quality.higher_is_better else " ↓"), f"Δ {unit} [95 %]"
+
+
 def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:
     size, quality = measurement.size_bytes, measurement.quality
     cells = ["–" if isinstance(size, NotMeasured) else f"{size / 1000:.1f}"]
     if isinstance(quality, NotMeasured):
         cells += ["–", "–"]
     else:
-        low, high = quality.delta_ci95
-        cells += [f"{quality.value:.2%}", f"{quality.delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"]
+        cells += _quality(quality)
     if latency is None:
         return [*cells, "–", "–", "–", "–"]
     low, high = latency.speedup_ci95
     same = latency.speedup_same_runtime
     shown = "–" if isinstance(same, NotMeasured) else f"{same:.2f}"
     return [*cells, f"{latency.p50_ms:.3f}", f"{latency.speedup:.2f} [{low:.2f}, {high:.2f}]", latency.verdict, shown]
+
+
+def _quality(quality: Quality) -> list[str]:
+    """Value, and difference with its interval: per cent and points, or plain numbers in the metric's own unit."""
+    delta, (low, high) = quality.delta, quality.delta_ci95
+    if quality.unit == "fraction":
+        return [f"{quality.value:.2%}", f"{delta * 100:+.2f} [{low * 100:+.2f}, {high * 100:+.2f}]"]
+    return [f"{quality.value:.4g}", f"{delta:+.3g} [{low:+.3g}, {high:+.3g}]"]

@@ -53,6 +53,7 @@ class Quality:
     delta: float
     delta_ci95: Interval
     higher_is_better: bool = True
+    unit: Literal["fraction", "value"] = "fraction"  # a share between 0 and 1, or any other number
     gained: int | NotMeasured = NotMeasured("the metric is not right or wrong per sample")  # right only now
     lost: int | NotMeasured = NotMeasured("the metric is not right or wrong per sample")  # right only in the baseline
     mcnemar_p: float | NotMeasured = NotMeasured("the metric is not right or wrong per sample")

@@ -18,6 +18,7 @@ VALIDATION_IMAGES = 250
 CALIBRATION_IMAGES = 256
 MEAN, STD = 0.3053, 0.3760  # of the pixels, scaled to [0, 1]
 EPOCHS = 5
+MEDIAN_INK = 0.3057  # mean brightness of the median image
 
 
 class BasicBlock(nn.Module):
@@ -95,7 +96,15 @@ def task() -> Task:
         fingerprint="scikit-learn digits 32x32, split 0",
         input_names=["image"],
         output_names=["logits"],
+        class_names=[str(digit) for digit in range(10)],
+        slices={"ink": ink},
     )
+
+
+def ink(images: Tensor, _: Tensor) -> list[str]:
+    """Whether a digit is drawn with less or more ink than most: a slice of the test split."""
+    brightness = images.mean(dim=(1, 2, 3)) * STD + MEAN
+    return ["dark" if mean > MEDIAN_INK else "light" for mean in brightness.tolist()]
 
 
 def trained(seed: int = 0) -> DigitsNet:
