@@ -350,7 +350,9 @@ class Loop:
             if result.key in self.tries:
                 settings = self.plan.relax[result.key][len(self.tries[result.key]) - 1].settings
                 ok = result.status != "rolled_back"
-                result.attempts.append(Attempt(method=settings, ok=ok, reason="" if ok else result.notes[-1]))
+                result.attempts.append(
+                    Attempt(method=settings, ok=ok, reason="inside the budget" if ok else result.notes[-1])
+                )
         checks = self._checks(self.plan.budget.limits(), state, "run")
         self.report.budget.checks += checks
         self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]
