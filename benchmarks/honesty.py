@@ -48,7 +48,7 @@ def convolutions(depth: int) -> nn.Module:
 
 # name, runtime, shape of a sample, batch size, the network, the same with 20 % more layers
 NETWORKS = {
-    "mlp in ONNX Runtime": ("onnxruntime", (192,), 1, lambda: mlp(192, 10), lambda: mlp(192, 12)),
+    "mlp in ONNX Runtime": ("onnxruntime", (256,), 1, lambda: mlp(256, 10), lambda: mlp(256, 12)),
     "convolutions in PyTorch": ("torch", (32, 24, 24), 1, lambda: convolutions(10), lambda: convolutions(12)),
     "mlp in PyTorch": ("torch", (1024,), 64, lambda: mlp(1024, 10), lambda: mlp(1024, 12)),
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optpipe import sources, tracking
 from optpipe.budget import AT_LEAST, LIMITS, Limits
-from optpipe.plan import Plan, Step, forms_along
+from optpipe.plan import Plan, Step, forms_along, write_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +29,14 @@ def execute(
     from optpipe import pipeline, preflight
 
     begin = time.perf_counter()
+    given = {name: None for name, value in (("model", model), ("data", task)) if value is not None}
+    plan = replace(plan, config=plan.config | given)  # what a caller made is in no configuration
     task = sources.build_task(plan.data, plan.subject) if task is None else task
     model = sources.build_model(plan.model, plan.subject) if model is None else model
     model_seconds = time.perf_counter() - begin
     preflight.check(model, task, plan.budget, plan.subject)
     plan = replace(plan, device=_resolved(plan.device))
+    write_config(plan.config, folder)
     tracker = tracking.tracker(plan.tracking, Path.cwd())
     return pipeline.run(plan, model, task, folder, tracker, started, model_seconds)
 

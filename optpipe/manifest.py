@@ -26,7 +26,7 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: T
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
     form(form_name).save(model, folder)
-    files = {path.name: _facts(path) for path in sorted(folder.iterdir()) if path.name != FILE}
+    files = {path.name: facts(path) for path in sorted(folder.iterdir()) if path.name != FILE}
     manifest = {
         "schema": 1,
         "form": form_name,
@@ -46,7 +46,8 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: T
     return folder
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file."""
     return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
 
 
@@ -79,6 +80,18 @@ class DeployedModel:
         return outputs[0] if len(outputs) == 1 else outputs
 
 
+def read(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of the run in `run_folder`. Raises OptpipeError if there is none, or it cannot be read."""
+    file = Path(run_folder) / FOLDER / FILE
+    if not file.exists():
+        raise OptpipeError(f"{run_folder} holds no deployed model ({file} is missing); name a finished run")
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise OptpipeError(f"{file} cannot be read ({error}); run the recipe again") from None
+    return manifest
+
+
 def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> DeployedModel:
     """The deployed model of the run in `run_folder`, ready to be called.
 
@@ -87,11 +100,9 @@ def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> Depl
     was deployed as a torch module is unpickled: load only runs that you trust.
     """
     folder = Path(run_folder) / FOLDER
-    if not (folder / FILE).exists():
-        raise OptpipeError(f"{run_folder} holds no deployed model ({folder / FILE} is missing); name a finished run")
-    manifest = json.loads((folder / FILE).read_text())
-    for name, facts in manifest["files"].items():
-        if not (folder / name).exists() or _facts(folder / name) != facts:
+    manifest = read(run_folder)
+    for name, expected in manifest["files"].items():
+        if not (folder / name).exists() or facts(folder / name) != expected:
             raise OptpipeError(
                 f"{folder / name} is missing or is not the file that the run wrote; run the recipe again"
             )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from optpipe.budget import Budget, Policy
-from optpipe.errors import did_you_mean
+from optpipe.errors import OptpipeError, did_you_mean
 from optpipe.measure.settings import Measure
 from optpipe.registry import Stage, StageInfo
 from optpipe.sources import Data, Model
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
+CONFIG = "config.json"
 SPOKEN = {"torch": "a torch module", "program": "an exported program", "onnx": "an ONNX file"}
 
 
@@ -64,6 +67,20 @@ class Plan:
     @property
     def subject(self) -> str:
         return f"+recipe={self.recipe}" if self.recipe else "this pipeline"
+
+
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    """Keep the resolved configuration in a run's folder."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of the run in `folder`. Raises OptpipeError if there is none."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise OptpipeError(f"{folder / CONFIG} cannot be read ({error}); name the folder of a run") from None
+    return config
 
 
 def chain_problems(entries: Sequence[Entry], form: str = "torch") -> list[str]:
