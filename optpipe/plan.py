@@ -57,6 +57,7 @@ class Plan:
     device: str
     dry_run: bool
     config: dict[str, Any]  # the resolved configuration, for the record only
+    command: str = ""  # that repeats the run, for the record only
 
     @property
     def subject(self) -> str:
