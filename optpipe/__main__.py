@@ -75,7 +75,8 @@ def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | N
     started, hydra_config = _started(), HydraConfig.get()
     overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
     try:
-        plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject)
+        again = command.again(overrides)
+        plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject, command=again)
         report = execute.execute(plan, folder, started)
         outcome["code"] = _show(report, folder)
         return None
@@ -116,7 +117,7 @@ def _show(report: Any, folder: Path) -> int:
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     console.print(table(report))
-    print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
+    print(f"{folder}: report.html, report.json and model/; {report.seconds:.0f} s")
     for violation in report.budget.violations:
         print(f"over budget: {violation}", file=sys.stderr)
     for check in report.budget.checks:

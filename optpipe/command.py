@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class Command:
     def argv(self) -> list[str]:
         """Overrides first: Hydra does not parse those that follow a flag with a value."""
         return [*self.overrides, *self.flags]
+
+    def again(self, overrides: Sequence[str]) -> str:
+        """The command that repeats one run, of a sweep for instance, with `overrides`; quoted for a shell."""
+        folder = ["--config-dir", str(self.config_dir)] if self.config_dir else []
+        return shlex.join(["python", "-m", "optpipe", *overrides, *folder])
 
 
 def read(argv: Sequence[str]) -> Command:

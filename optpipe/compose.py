@@ -237,8 +237,11 @@ def _own_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = before
 
 
-def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: str) -> Plan:
-    """The checked Plan of a composed configuration. Raises RecipeError with every problem that it has."""
+def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: str, command: str = "") -> Plan:
+    """The checked Plan of a composed configuration. Raises RecipeError with every problem that it has.
+
+    command: what repeats the run, for its report.
+    """
     problems = _unknown_nodes(config)
     settings = {name: _typed(schema, config.get(name), name, problems) for name, schema in SCHEMAS.items()}
     seed = _scalar(config, "seed", int, problems)
@@ -272,6 +275,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
         dry_run=dry_run,
         relax=relax,
         config=_used(config, entries, recipe),
+        command=command,
     )
 
 

@@ -57,7 +57,13 @@ def optimize(
     command = Command(overrides=[f"+recipe={recipe}", *overrides], config_dir=Path(config_dir) if config_dir else None)
     compose.prepare(command)
     config = compose.composed(command.overrides, command)
-    plan = compose.plan(config, recipe=recipe, overrides=command.overrides, subject=command.subject)
+    plan = compose.plan(
+        config,
+        recipe=recipe,
+        overrides=command.overrides,
+        subject=command.subject,
+        command=_again(model is not None, task is not None, recipe, overrides, config_dir),
+    )
     folder = Path(output or f"outputs/runs/{datetime.now():%Y-%m-%d_%H-%M-%S-%f}")
     folder.mkdir(parents=True, exist_ok=True)
     report = execute.execute(plan, folder, started, copy.deepcopy(model), task)
@@ -74,6 +80,17 @@ def optimize(
         if isinstance(measured.quality, NotMeasured)
         else measured.quality.delta,
     )
+
+
+def _again(
+    model_given: bool, task_given: bool, recipe: str, overrides: Sequence[str], config_dir: str | Path | None
+) -> str:
+    """What repeats the run, in words: a model and a task that the caller made are in no configuration."""
+    given = [name for name, is_given in (("model", model_given), ("task", task_given)) if is_given]
+    words = [*given, f"recipe={recipe!r}", f"overrides={list(overrides)!r}"]
+    words += [f"config_dir={str(config_dir)!r}"] if config_dir else []
+    origin = f", with the {' and the '.join(given)} of the calling program" if given else ""
+    return f"Called from Python: optpipe.optimize({', '.join(words)}){origin}"
 
 
 def _ratio(before: int | NotMeasured, after: int | NotMeasured) -> float | NotMeasured:

@@ -26,6 +26,7 @@ from optpipe.measure.measurer import Measurer
 from optpipe.plan import Choice, Entry, Plan, Step
 from optpipe.progress import log, say
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult
+from optpipe.report.page import write_page
 from optpipe.task import Task
 from optpipe.tracking import Tracker
 
@@ -62,6 +63,8 @@ def run(
         recipe=plan.recipe,
         overrides=plan.overrides,
         environment=environment(),
+        command=plan.command,
+        data_fingerprint=task.fingerprint or "",
         model_seconds=model_seconds,
         budget=BudgetReport(
             limits=plan.budget.limits(), policy=plan.budget.policy.value, confidence=plan.budget.confidence
@@ -86,11 +89,12 @@ def run(
 
 
 def _write(report: Report, folder: Path) -> None:
-    """Write report.json; on a full disk say so, and let the error that ended the run be the one that is shown."""
+    """Write report.json and its page; on a full disk say so, and let the error that ended the run be the one shown."""
     try:
         report.write(folder)
+        write_page(report, folder)
     except OSError as error:
-        say(f"report.json could not be written to {folder}: {error}")
+        say(f"the report could not be written to {folder}: {error}")
 
 
 class Loop:

@@ -63,6 +63,7 @@ class Plan:
     dry_run: bool
     relax: dict[str, list[Step]]  # by step: milder ones, in the order to try them
     config: dict[str, Any]  # the resolved configuration, for the record only
+    command: str = ""  # that repeats the run, for the record only
 
     @property
     def subject(self) -> str:

@@ -140,8 +140,9 @@ class MlflowTracker:
             self._log(self._run_id, metrics=_prefixed("final", _metrics(final.measurement)))
             self._client.log_artifacts(self._run_id, str(folder / "model"), "model")
         self._client.set_tag(self._run_id, "optpipe.status", report.status)
-        if (folder / "report.json").exists():
-            self._client.log_artifact(self._run_id, str(folder / "report.json"))
+        for file in ("report.json", "report.html"):
+            if (folder / file).exists():
+                self._client.log_artifact(self._run_id, str(folder / file))
         killed = report.error == "KeyboardInterrupt"
         status = "KILLED" if killed else "FAILED" if report.status == "failed" else "FINISHED"
         self._client.set_terminated(self._run_id, status)

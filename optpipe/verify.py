@@ -179,7 +179,9 @@ def _latency_again(run: Run) -> list[Finding]:
         what = f"batch {entry.batch_size}, {entry.threads} thread(s)"
         comparison = _compare_again(run, entry)
         if comparison.problem:
-            found.append(Finding(f"speed-up, {what}", f"{entry.speedup:.2f}", "not measured", comparison.problem, False))
+            found.append(
+                Finding(f"speed-up, {what}", f"{entry.speedup:.2f}", "not measured", comparison.problem, False)
+            )
             continue
         found.append(_ratio_again(f"speed-up, {what}", entry.speedup, entry.speedup_ci95, comparison.ratio(0, 1), run))
         same, interval = entry.speedup_same_runtime, entry.speedup_same_runtime_ci95

@@ -126,7 +126,9 @@ def inspect(
         threads=threads,
         timeout_seconds=timeout_seconds,
     )
-    tensors = {name: Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for name, tensor in answer["tensors"].items()}
+    tensors = {
+        name: Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for name, tensor in answer["tensors"].items()
+    }
     nodes = tuple(
         Node(**{**node, "inputs": tuple(node["inputs"]), "outputs": tuple(node["outputs"])}) for node in answer["nodes"]
     )

@@ -69,7 +69,9 @@ def _inspection(model: Path, inputs: str, threads: int, folder: Path, kept: Path
             inputs=tuple(node.input),
             outputs=tuple(node.output),
             attributes=_attributes(node),
-            kernel_ms=max(0.0, milliseconds[node.name, node.op_type] / names.count((node.name, node.op_type)) - clock_ms),
+            kernel_ms=max(
+                0.0, milliseconds[node.name, node.op_type] / names.count((node.name, node.op_type)) - clock_ms
+            ),
         )
         for node in graph.node
     )

@@ -250,6 +250,7 @@ class Report:
     status: RunStatus = "failed"
     schema: int = SCHEMA
     command: str = ""  # that reproduces the run
+    data_fingerprint: str = ""  # the task's; empty where it has none
     mlflow_run_id: str = ""
     seconds: float = 0.0
     model_seconds: float = 0.0  # of `seconds`, what making (or training) the incoming model and its data took
