@@ -90,10 +90,12 @@ def main() -> int:
         pairs = [Pair(name, root / str(i)) for i, name in enumerate(NETWORKS)]
         with Bench(replace(settings, replicas=TRUTH_REPLICAS, max_seconds=0.1), root / "truth") as bench:
             truths = {pair.name: bench.compare([pair.a, pair.b], [pair.batch], "truth")[0] for pair in pairs}
+        begin, used = time.perf_counter(), time.process_time()
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if options.busy else None
         try:
             same = run(pairs, settings, root / "aa", options.comparisons, lambda pair: [pair.a, pair.a])
             more = run(pairs, settings, root / "ab", options.comparisons, lambda pair: [pair.a, pair.b])
+            parent = (time.process_time() - used) / (time.perf_counter() - begin)
         finally:
             if neighbour:
                 neighbour.kill()
@@ -108,6 +110,7 @@ def main() -> int:
     slower = sum(trial.ratio.verdict(settings.margin) == "faster" for trial in ab)  # the network than its copy
     holding = sum(trial.holds(truths[trial.pair].ratio(0, 1).value) for trial in ab)
     print(f"\nA/A: {claims} of {len(aa)} claim a difference.")
+    print(f"The parent used {parent:.1%} of one core meanwhile.")
     print(f"A/B: {slower} of {len(ab)} say slower, {holding} hold the truth.")
     return 0 if claims <= 1 and slower == len(ab) and holding >= 0.9 * len(ab) else 1
 

@@ -2,8 +2,8 @@
 
     python docs/screenshots.py outputs/runs/<time> [FOLDER]
 
-Needs `pip install selenium`, Chromium and its chromedriver. FOLDER, by default this one, gets the pictures. Exits with 1
-if the page is wider than a narrow screen, or asks for anything outside itself.
+Needs `pip install selenium`, Chromium and its chromedriver. FOLDER, by default this one, gets the pictures. Exits
+with 1 if the page is wider than a narrow screen, or asks for anything outside itself.
 """
 
 from __future__ import annotations

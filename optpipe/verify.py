@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from optpipe.errors import OptpipeError
 
 if TYPE_CHECKING:
-    from optpipe.measure.latency import Comparison
+    from optpipe.measure.latency import Comparison, Contender
     from optpipe.measure.statistics import Ratio
     from optpipe.predictions import Predictions
     from optpipe.report import Latency, Report
@@ -175,42 +174,47 @@ def _latency_again(run: Run) -> list[Finding]:
         reason = f"this is not where the run was measured: {'; '.join(other)}"
         return [Finding("latency", f"{recorded[0].p50_ms:.3f} ms", "not measured", reason, False)]
     found = []
-    for entry in recorded:
-        what = f"batch {entry.batch_size}, {entry.threads} thread(s)"
-        comparison = _compare_again(run, entry)
-        if comparison.problem:
-            found.append(
-                Finding(f"speed-up, {what}", f"{entry.speedup:.2f}", "not measured", comparison.problem, False)
-            )
-            continue
-        found.append(_ratio_again(f"speed-up, {what}", entry.speedup, entry.speedup_ci95, comparison.ratio(0, 1), run))
-        same, interval = entry.speedup_same_runtime, entry.speedup_same_runtime_ci95
-        if len(comparison.team) > 2 and not isinstance(same, NotMeasured) and not isinstance(interval, NotMeasured):
-            ratio = comparison.ratio(0, 2)
-            found.append(_ratio_again(f"in the same runtime, {what}", same, interval, ratio, run))
+    for threads in dict.fromkeys(entry.threads for entry in recorded):
+        entries = [entry for entry in recorded if entry.threads == threads]
+        for entry, comparison in zip(entries, _compare_again(run, entries), strict=True):
+            found += _speedups_again(run, entry, comparison)
     return found
 
 
-def _compare_again(run: Run, entry: Latency) -> Comparison:
-    from optpipe.measure.latency import Bench, Contender
+def _compare_again(run: Run, entries: list[Latency]) -> list[Comparison]:
+    from optpipe.measure.latency import Contender
+
+    runtime, threads = entries[0].runtime, entries[0].threads
+    baseline = run.folder / "00_baseline"
+    team = [Contender(run.model, runtime, threads), Contender(baseline, "torch", threads)]
+    if runtime != "torch" and (baseline / "exported").is_dir() and any((baseline / "exported").iterdir()):
+        team.append(Contender(baseline / "exported", runtime, threads))
+    return _measured(run, team, [entry.batch_size for entry in entries])
+
+
+def _measured(run: Run, team: list[Contender], batch_sizes: list[int]) -> list[Comparison]:
+    """The team on the inputs that the run was timed on."""
+    from optpipe.measure.latency import Bench
     from optpipe.measure.settings import Measure
 
-    baseline = run.folder / "00_baseline"
-    team = [Contender(run.model, entry.runtime, entry.threads), Contender(baseline, "torch", entry.threads)]
-    if entry.runtime != "torch" and (baseline / "exported").is_dir() and any((baseline / "exported").iterdir()):
-        team.append(Contender(baseline / "exported", entry.runtime, entry.threads))
-    return _measured(run, team, entry.batch_size, Bench, Measure(**run.config["measure"]))
+    batches = [run.folder / "00_baseline" / f"inputs_{size}.npz" for size in batch_sizes]
+    if missing := [batch for batch in batches if not batch.exists()]:
+        raise OptpipeError(f"{missing[0]} is missing; without the inputs that were timed nothing can be timed again")
+    with tempfile.TemporaryDirectory() as logs, Bench(Measure(**run.config["measure"]), Path(logs)) as bench:
+        return bench.compare(team, batches)
 
 
-def _measured(run: Run, team: list[Any], batch_size: int, bench: Any, settings: Any) -> Comparison:
-    batch = run.folder / "00_baseline" / f"inputs_{batch_size}.npz"
-    if not batch.exists():
-        raise OptpipeError(f"{batch} is missing; without the inputs that were timed nothing can be timed again")
-    with ExitStack() as stack:
-        logs = stack.enter_context(tempfile.TemporaryDirectory())
-        opened = stack.enter_context(bench(settings, Path(logs)))
-        comparison: Comparison = opened.compare(team, [batch], f"timing batch {batch_size}")[0]
-    return comparison
+def _speedups_again(run: Run, entry: Latency, comparison: Comparison) -> list[Finding]:
+    from optpipe.report import NotMeasured
+
+    what = f"batch {entry.batch_size}, {entry.threads} thread(s)"
+    if comparison.problem:
+        return [Finding(f"speed-up, {what}", f"{entry.speedup:.2f}", "not measured", comparison.problem, False)]
+    found = [_ratio_again(f"speed-up, {what}", entry.speedup, entry.speedup_ci95, comparison.ratio(0, 1), run)]
+    same, interval = entry.speedup_same_runtime, entry.speedup_same_runtime_ci95
+    if len(comparison.team) > 2 and not isinstance(same, NotMeasured) and not isinstance(interval, NotMeasured):
+        found.append(_ratio_again(f"in the same runtime, {what}", same, interval, comparison.ratio(0, 2), run))
+    return found
 
 
 def _ratio_again(what: str, value: float, ci95: tuple[float, float], now: Ratio, run: Run) -> Finding:
@@ -237,12 +241,11 @@ def against(run: Run, other: Run, max_slowdown: float, max_drop: float) -> list[
 
 
 def _slowdown(run: Run, other: Run, allowed: float) -> Finding:
-    from optpipe.measure.latency import Bench, Contender
-    from optpipe.measure.settings import Measure
+    from optpipe.measure.latency import Contender
 
     threads = run.manifest["target"]["threads"]
     team = [Contender(each.model, each.manifest["runtime"], threads) for each in (run, other)]
-    comparison = _measured(run, team, 1, Bench, Measure(**run.config["measure"]))
+    (comparison,) = _measured(run, team, [1])
     what, limit = "time of a call, batch 1", f"at most {allowed:+.1%}"
     if comparison.problem:
         return Finding(what, limit, "not measured", comparison.problem, False)

@@ -1,4 +1,4 @@
-"""The process that looks into one ONNX file: `python -m optpipe.measure.inspector`, JSON in and out. Imports no torch."""
+"""The process that looks into one ONNX file: `python -m optpipe.measure.inspector`. JSON in and out; no torch."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from optpipe.report.schema import Callers, Sustained
 CALLERS_SECONDS = 0.3
 SPANS = 6  # that a sustained measurement is told in
 DRIFT = 0.1  # of a model's time within a replica: more is not settled
+LOOK_SECONDS = 0.1  # at how busy each core is
 MEMORY_SHARE = 0.5  # of what is free, for the replicas that are loaded at once
 
 
@@ -118,11 +119,12 @@ class Bench:
             deadline = time.monotonic() + self.settings.max_seconds
             count = self.settings.replicas
             while not self._is_enough(found, deadline):
+                cores = _quiet_cores(max(contender.threads for contender in team))
                 with ExitStack() as stack:
                     cohort: list[list[Worker]] = []
                     while len(cohort) < count and _fits_in_memory(cohort):
                         cohort.append([stack.enter_context(closing(self._worker(contender))) for contender in team])
-                        self._load(cohort[-1], batches, found)
+                        self._load(cohort[-1], cores, batches, found)
                         step()
                     for comparison, batch in zip(found, batches, strict=True):
                         self._rounds(cohort, batch, comparison)
@@ -157,10 +159,9 @@ class Bench:
                 step()
         return Sustained(seconds=time.monotonic() - begin, p50_ms=medians, drift=medians[-1] / medians[0])
 
-    def _load(self, workers: list[Worker], batches: Sequence[Path], found: list[Comparison]) -> None:
+    def _load(self, workers: list[Worker], cores: list[int], batches: Sequence[Path], found: list[Comparison]) -> None:
         """Load a replica's models and warm them up."""
         team = found[0].team
-        cores = _cores(len(found[0].load_ms), max(contender.threads for contender in team))
         loads = [_load(worker, contender, batches, cores) for worker, contender in zip(workers, team, strict=True)]
         for i, comparison in enumerate(found):
             comparison.load_ms.append([load for load, _ in loads])
@@ -187,12 +188,6 @@ class Bench:
 
     def _problem(self, comparison: Comparison) -> str:
         """Why the ratios of `comparison` are no figures; empty if they are."""
-        change = drift(comparison.medians(0) / comparison.medians(len(comparison.team) - 1))
-        if len(comparison.team) > 1 and abs(np.log(change)) > DRIFT:
-            return (
-                f"the model's time does not settle: within {self.settings.rounds} rounds it became {change:.2f} times "
-                "what it was, in every process; look for state that grows from call to call"
-            )
         widest = max((ratio.width for ratio in comparison.ratios()), default=0.0)
         if widest > self.settings.noise_limit:
             return (
@@ -200,6 +195,12 @@ class Bench:
                 f"{widest:.0%} wide, above measure.noise_limit={self.settings.noise_limit:g}; other programs kept "
                 f"{comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or raise "
                 "measure.max_seconds"
+            )
+        change = drift(comparison.medians(0) / comparison.medians(len(comparison.team) - 1))
+        if len(comparison.team) > 1 and abs(np.log(change)) > DRIFT:
+            return (
+                f"the model's time does not settle: within {self.settings.rounds} rounds it became {change:.2f} times "
+                "what it was, in every process; look for state that grows from call to call"
             )
         return ""
 
@@ -212,16 +213,20 @@ class Bench:
         return self._nurseries[runtime]
 
 
-def _cores(replica: int, count: int) -> list[int]:
-    """The cores that all contenders of a replica share, other ones in the next; empty where there is no choice.
+def _quiet_cores(count: int) -> list[int]:
+    """The cores that are least busy now, for all contenders of a cohort; empty where there is no choice.
 
-    Of two virtual cores one can be half as fast for a second while a neighbour uses its other half. A contender that
-    happened to stay there would look slow.
+    They share them: of two virtual cores one can be half as fast for a second while a neighbour uses its other half,
+    and a contender that happened to stay there would look slow. They stay on them: a busy process then moves to the
+    others, and remains there.
     """
+    import psutil
+
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if count >= len(usable):
         return []
-    return [usable[(replica * count + i) % len(usable)] for i in range(count)]
+    busy = psutil.cpu_percent(LOOK_SECONDS, percpu=True)
+    return sorted(usable, key=lambda core: busy[core])[:count]
 
 
 def _fits_in_memory(cohort: list[list[Worker]]) -> bool:
