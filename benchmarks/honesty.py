@@ -1,11 +1,11 @@
 """Does the bench tell the truth? A model against itself (A/A), and against a copy with 20 % more work (A/B).
 
-    python benchmarks/honesty.py              # about 6 minutes
+    python benchmarks/honesty.py              # about 7 minutes
     python benchmarks/honesty.py --busy       # the same while another process keeps one core busy
 
 Twenty comparisons of each kind, with the settings of `measure=default`, on three networks of 0.05 to 20 ms. An A/A
 comparison that claims a difference is wrong. An A/B interval is right if it holds the truth, which is the same ratio
-measured with 40 processes a side.
+measured with eight times as many processes a side: the mean of 8 comparisons with 15 each.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 from torch import nn
 
 from optpipe import lower
 from optpipe.forms import form
 from optpipe.machine import cpu, usable_cores
-from optpipe.measure.latency import Bench, Comparison, Contender
+from optpipe.measure.latency import Bench, Contender
 from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
 from optpipe.task import Task, top1_accuracy
 
 COMPARISONS = 20
-TRUTH_REPLICAS = 40
+TRUTH_COMPARISONS, TRUTH_REPLICAS = 8, 15
 
 
 def mlp(width: int, depth: int) -> nn.Module:
@@ -48,7 +49,7 @@ def convolutions(depth: int) -> nn.Module:
 
 # name, runtime, shape of a sample, batch size, the network, the same with 20 % more layers
 NETWORKS = {
-    "mlp in ONNX Runtime": ("onnxruntime", (256,), 1, lambda: mlp(256, 10), lambda: mlp(256, 12)),
+    "mlp in ONNX Runtime": ("onnxruntime", (288,), 1, lambda: mlp(288, 10), lambda: mlp(288, 12)),
     "convolutions in PyTorch": ("torch", (32, 24, 24), 1, lambda: convolutions(10), lambda: convolutions(12)),
     "mlp in PyTorch": ("torch", (1024,), 64, lambda: mlp(1024, 10), lambda: mlp(1024, 12)),
 }
@@ -88,8 +89,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         pairs = [Pair(name, root / str(i)) for i, name in enumerate(NETWORKS)]
-        with Bench(replace(settings, replicas=TRUTH_REPLICAS, max_seconds=0.1), root / "truth") as bench:
-            truths = {pair.name: bench.compare([pair.a, pair.b], [pair.batch], "truth")[0] for pair in pairs}
+        careful = replace(settings, replicas=TRUTH_REPLICAS, max_seconds=0.1)
+        trials = run(pairs, careful, root / "truth", TRUTH_COMPARISONS * len(pairs), lambda pair: [pair.a, pair.b])
+        truths = {pair.name: Truth.of([trial for trial in trials if trial.pair == pair.name]) for pair in pairs}
         begin, used = time.perf_counter(), time.process_time()
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if options.busy else None
         try:
@@ -101,14 +103,18 @@ def main() -> int:
                 neighbour.kill()
                 neighbour.wait()
     print(f"20 % more work: time of the copy / time of the network. {describe_machine()}\n")
-    columns = "network|ms|truth [95 %]|A/A claims|A/A largest|A/B slower|A/B hold truth|widest|noisy|s each".split("|")
+    columns = (
+        "network|ms|truth [95 %]|shared sd|A/A claims|A/A largest|A/B slower|A/B hold truth|widest|noisy|s each".split(
+            "|"
+        )
+    )
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for pair in pairs:
         print(row(pair, truths[pair.name], same, more, settings.margin))
     aa, ab = ([trial for trial in trials if trial.ratio] for trials in (same, more))
     claims = sum(trial.ratio.verdict(settings.margin) != "same" for trial in aa)
     slower = sum(trial.ratio.verdict(settings.margin) == "faster" for trial in ab)  # the network than its copy
-    holding = sum(trial.holds(truths[trial.pair].ratio(0, 1).value) for trial in ab)
+    holding = sum(trial.holds(truths[trial.pair].value) for trial in ab)
     print(f"\nA/A: {claims} of {len(aa)} claim a difference.")
     print(f"The parent used {parent:.1%} of one core meanwhile.")
     print(f"A/B: {slower} of {len(ab)} say slower, {holding} hold the truth.")
@@ -121,10 +127,34 @@ class Trial:
 
     pair: str
     ratio: Ratio | None
+    ms: float
     seconds: float
 
     def holds(self, truth: float) -> bool:
         return self.ratio is not None and self.ratio.ci95[0] <= truth <= self.ratio.ci95[1]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The mean of several comparisons, with Student's interval over them."""
+
+    value: float
+    ci95: tuple[float, float]
+    shared_sd: float  # what comparisons differ by beyond what their own processes explain, relative
+    ms: float
+
+    @classmethod
+    def of(cls, trials: list[Trial]) -> Truth:
+        ratios = [trial.ratio for trial in trials if trial.ratio]
+        logs = np.log([ratio.value for ratio in ratios])
+        explained = np.mean([np.var(np.log(ratio.each), ddof=1) / len(ratio.each) for ratio in ratios])
+        half = stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / math.sqrt(len(logs))
+        return cls(
+            math.exp(logs.mean()),
+            (math.exp(logs.mean() - half), math.exp(logs.mean() + half)),
+            math.sqrt(max(0.0, logs.var(ddof=1) - explained)),
+            float(np.median([trial.ms for trial in trials])),
+        )
 
 
 def run(
@@ -142,24 +172,26 @@ def run(
             print(comparison.problem, file=sys.stderr)
         else:
             ratio = comparison.ratio(0, 1)
-        found.append(Trial(pair.name, ratio, time.perf_counter() - begin))
+        ms = float(np.median(comparison.milliseconds(0)))
+        found.append(Trial(pair.name, ratio, ms, time.perf_counter() - begin))
     return found
 
 
-def row(pair: Pair, truth: Comparison, same: list[Trial], more: list[Trial], margin: float) -> str:
+def row(pair: Pair, truth: Truth, same: list[Trial], more: list[Trial], margin: float) -> str:
     """A line of the table."""
     aa, ab = ([trial for trial in trials if trial.pair == pair.name] for trials in (same, more))
-    ratio, both = truth.ratio(0, 1), [*aa, *ab]
+    both = [*aa, *ab]
     ratios = [trial.ratio for trial in aa if trial.ratio]
     largest = max((math.exp(abs(math.log(found.value))) - 1 for found in ratios), default=math.nan)
     cells = (
         pair.name,
-        f"{np.median(truth.milliseconds(0)):.3f}",
-        f"{ratio.value:.3f} [{ratio.ci95[0]:.3f}, {ratio.ci95[1]:.3f}]",
+        f"{truth.ms:.3f}",
+        f"{truth.value:.3f} [{truth.ci95[0]:.3f}, {truth.ci95[1]:.3f}]",
+        f"{truth.shared_sd:.2%}",
         f"{sum(found.verdict(margin) != 'same' for found in ratios)} of {len(ratios)}",
         f"{largest:.1%}",
         f"{sum(t.ratio is not None and t.ratio.verdict(margin) == 'faster' for t in ab)} of {len(ab)}",
-        f"{sum(t.holds(ratio.value) for t in ab)} of {len(ab)}",
+        f"{sum(t.holds(truth.value) for t in ab)} of {len(ab)}",
         f"{max((t.ratio.width for t in both if t.ratio), default=math.nan):.1%}",
         str(sum(t.ratio is None for t in both)),
         f"{np.mean([t.seconds for t in both]):.1f}",

@@ -5,6 +5,9 @@ it. So the unit of the statistics is the replica, a fresh process of every conte
 Student's interval of their mean on the logarithmic scale (Kalibera & Jones, "Rigorous benchmarking in reasonable time",
 2013, who let the highest level of repetition decide). A bootstrap over so few replicas is too narrow: 74 % coverage
 with three, 88 % with five, in a simulation where this difference dominates.
+
+Replicas are forks of one process and share what it decided, such as where its libraries lie. What that changes is known
+from comparisons that were repeated with other such processes, and widens every interval: SHARED_SD.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from optpipe.report.schema import Interval, Verdict
 
 Floats = NDArray[np.float64]
+SHARED_SD = 0.003  # of the logarithm of a ratio, from one set of forks to the next; benchmarks/honesty.py prints it
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,16 @@ def half_width(values: Sequence[float] | Floats, confidence: float) -> float:
 
 
 def one_sided(values: Sequence[float] | Floats, confidence: float) -> float:
-    """How far Student's one-sided bound lies from the mean of `values`; infinite for fewer than two."""
-    from scipy.special import stdtrit
+    """How far the one-sided bound lies from the mean of `values`, logarithms; infinite for fewer than two."""
+    from scipy.special import ndtri, stdtrit
 
     count = len(values)
     if confidence == 0.5:
         return 0.0
     if count < 2:
         return math.inf
-    return float(stdtrit(count - 1, confidence) * np.std(values, ddof=1) / math.sqrt(count))
+    seen = float(stdtrit(count - 1, confidence) * np.std(values, ddof=1) / math.sqrt(count))
+    return math.hypot(seen, float(ndtri(confidence)) * SHARED_SD)
 
 
 def drift(times: Floats) -> float:
