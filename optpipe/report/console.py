@@ -6,6 +6,9 @@ from typing import Any
 
 from optpipe.report.schema import Latency, Measurement, NotMeasured, Report
 
+TABLE_WIDTH = 150  # at least, where the output is no terminal
+UNBOUNDED = 10_000
+
 
 def table(report: Report) -> Any:
     """The run as a rich table: a row for the baseline in each runtime, and one per step."""
@@ -29,6 +32,17 @@ def table(report: Report) -> Any:
         figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
         view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
     return view
+
+
+def show(view: Any) -> None:
+    """Print a table; where the output is no terminal, as wide as it is."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+        console.width = max(TABLE_WIDTH, console.measure(view).maximum)
+    console.print(view)
 
 
 def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:

@@ -29,7 +29,9 @@ def calls(folder: Path, latency: Latency) -> dict[str, Floats]:
     if not latency.samples:
         return {}
     found = arrays(folder / latency.samples)
-    return {name: np.asarray(found[name], float) for name in found if not name.endswith("_replica") and found[name].size}
+    return {
+        name: np.asarray(found[name], float) for name in found if not name.endswith("_replica") and found[name].size
+    }
 
 
 def replica_logs(folder: Path, latency: Latency) -> dict[str, Floats]:
