@@ -1,9 +1,10 @@
 """Photograph report.html: docs/report_light.png, report_dark.png and report_narrow.png.
 
-    python docs/screenshots.py outputs/runs/<time> [FOLDER]
+    python docs/screenshots.py outputs/runs/<time> [FOLDER [all]]
 
-Needs `pip install selenium`, Chromium and its chromedriver. FOLDER, by default this one, gets the pictures. Exits
-with 1 if the page is wider than a narrow screen, or asks for anything outside itself.
+Needs `pip install selenium`, Chromium and its chromedriver. FOLDER, by default this one, gets the pictures: the first
+part of the page, or the whole of it with `all`. Exits with 1 if the page is wider than a narrow screen, or asks for
+anything outside itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ SHOTS = {"light": (1180, "light", 1), "dark": (1180, "dark", 1), "narrow": (390,
 HEIGHT_LIMIT = {"light": 2400, "dark": 1500, "narrow": 2000}  # pixels of the page that a picture shows
 
 
-def main(run: Path, folder: Path) -> int:
+def main(run: Path, folder: Path, whole: bool) -> int:
     """Take the pictures; 1 if the page is at fault."""
     browser, faults = _browser(), []
     try:
@@ -31,7 +32,7 @@ def main(run: Path, folder: Path) -> int:
             faults += [f"{name}: the page asks for {url}" for url in asked if not url.startswith("data:")]
             height = browser.execute_script("return document.documentElement.scrollHeight")
             path = folder / f"report_{name}.png"
-            path.write_bytes(_picture(browser, width, min(height, HEIGHT_LIMIT[name]) if len(sys.argv) < 4 else height))
+            path.write_bytes(_picture(browser, width, height if whole else min(height, HEIGHT_LIMIT[name])))
             print(f"{path}: {width} pixels wide, {scheme}")
     finally:
         browser.quit()
@@ -66,4 +67,5 @@ def _picture(browser: Any, width: int, height: int) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent))
+    given = [*sys.argv[1:], str(Path(__file__).parent)]
+    sys.exit(main(Path(given[0]), Path(given[1]), whole="all" in given[2:]))

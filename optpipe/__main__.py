@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130
-TABLE_WIDTH = 150  # where the output is no terminal
 
 
 def main() -> None:
@@ -109,15 +108,12 @@ def _started() -> float:
 
 def _show(report: Any, folder: Path) -> int:
     """Print what came out; the exit code is 1 if the budget was broken and its policy is more than to warn."""
-    from rich.console import Console
+    from optpipe.report.console import show, table
 
-    from optpipe.report.console import table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = TABLE_WIDTH
-    console.print(table(report))
-    print(f"{folder}: report.html, report.json and model/; {report.seconds:.0f} s")
+    show(table(report))
+    print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
+    if (page := folder / "report.html").exists():
+        print(f"page: {page}")
     for violation in report.budget.violations:
         print(f"over budget: {violation}", file=sys.stderr)
     for check in report.budget.checks:

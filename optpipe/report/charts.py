@@ -14,12 +14,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from optpipe.report import figures
-from optpipe.report.schema import Interval, NotMeasured, Roofline, Sustained
-from optpipe.report.svg import Scale, drawing, line, path, rect, tag, text
+from optpipe.report.schema import Interval, Latency, NotMeasured, Roofline, Sustained
+from optpipe.report.svg import LETTER, Scale, drawing, line, path, rect, tag, text
 
 Floats = NDArray[np.float64]
 NARROW, WIDE = 340.0, 420.0
 ROW = 38.0
+BOLD = 7.4  # width of an average bold character
 BINS = 70
 
 
@@ -90,9 +91,9 @@ def _around_zero(rows: Sequence[Row]) -> Scale:
 
 
 def _said(row: Row, y: float) -> Markup:
-    room = NARROW - 12 - 6.3 * len(row.said)
-    figure = text(NARROW, y + 14, row.said, class_="figure", anchor="end", room=NARROW * 0.62)
-    return Markup("").join([text(0, y + 14, row.label, room=max(room, NARROW * 0.34)), figure])
+    room = max(NARROW - 12 - BOLD * len(row.said), NARROW * 0.36)
+    figure = text(NARROW, y + 14, row.said, class_="figure", anchor="end", room=(NARROW - room) * LETTER / BOLD)
+    return Markup("").join([text(0, y + 14, row.label, room=room), figure])
 
 
 def _whisker(scale: Scale, ci95: Interval, y: float) -> list[Markup]:
@@ -105,9 +106,37 @@ class Calls:
     """The times of one contender's calls."""
 
     label: str
-    quantiles_ms: Sequence[float]  # 0 %, 5 %, … 100 %
+    quantiles_ms: Sequence[float]  # 0 %, 5 %, … 100 %; empty if the report has none
+    p50_ms: float
+    p95_ms: float
     p99_ms: float
+    std_ms: float
+    count: int
     every_ms: Floats | None = None  # call by call, where the run's folder still has them
+
+    @classmethod
+    def of(cls, label: str, every_ms: Floats) -> Calls:
+        """From every call."""
+        p50, p95, p99 = map(float, np.percentile(every_ms, [50, 95, 99]))
+        return cls(
+            label=label,
+            quantiles_ms=list(map(float, np.percentile(every_ms, np.arange(0, 101, 5)))),
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            std_ms=float(every_ms.std(ddof=1)) if len(every_ms) > 1 else 0.0,
+            count=len(every_ms),
+            every_ms=every_ms,
+        )
+
+    @classmethod
+    def summary(cls, label: str, latency: Latency) -> Calls:
+        """From what the report says of them."""
+        quantiles = latency.quantiles_ms if len(latency.quantiles_ms) == 21 else []
+        return cls(
+            label=label, quantiles_ms=quantiles, p50_ms=latency.p50_ms, p95_ms=latency.p95_ms, p99_ms=latency.p99_ms,
+            std_ms=latency.std_ms, count=latency.calls,
+        )  # fmt: skip
 
     def density(self, scale: Scale) -> list[tuple[float, float]]:
         """Places along `scale` and shares of calls there, the largest 1."""
@@ -125,7 +154,7 @@ def distributions(name: str, title: str, contenders: Sequence[Calls]) -> Markup:
     """Each contender's calls as a silhouette over a strip: 5–95 % thin, 25–75 % thick, a tick at the median."""
     low = min(calls.quantiles_ms[0] for calls in contenders)
     high = max(min(calls.quantiles_ms[-1], 1.15 * calls.p99_ms) for calls in contenders)
-    scale = Scale(low * 0.97, max(high, low * 1.05) * 1.03, 4.0, WIDE - 4, log=True)
+    scale = Scale(low * 0.97, max(high, low * 1.05) * 1.03, 12.0, WIDE - 12, log=True)
     row = 84.0
     bottom = len(contenders) * row + 4
     ticks = scale.ticks()
@@ -141,7 +170,7 @@ def distributions(name: str, title: str, contenders: Sequence[Calls]) -> Markup:
         parts.append(rect(scale(quantile[5]), y + 64, scale(quantile[15]) - scale(quantile[5]), 8, f"box c{i}"))
         parts.append(line(scale(quantile[10]), y + 61, scale(quantile[10]), y + 75, "median"))
     for tick in ticks:
-        parts.append(text(scale(tick), bottom + 13, figures.number(tick, 1), class_="small", anchor="middle"))
+        parts.append(text(scale(tick), bottom + 13, figures.short(tick), class_="small", anchor="middle"))
     parts.append(text(WIDE, bottom + 28, "milliseconds of one call, logarithmic scale", class_="small", anchor="end"))
     return drawing(name, title, WIDE, bottom + 32, *parts)
 
@@ -168,8 +197,8 @@ def roofline(name: str, title: str, roof: Roofline) -> Markup | NotMeasured:
     parts.append(text(x(here) + (-9 if right else 9), y(reached) + 4, "this model", anchor="end" if right else "start"))
     parts.append(text(WIDE - 8, y(peak) - 6, "compute roof", class_="small", anchor="end"))
     parts.append(text(44, y(overhead) - 6, "overhead of a call", class_="small"))
-    parts += [text(x(v), 234, figures.number(v, 1), class_="small", anchor="middle") for v in x.ticks()]
-    parts += [text(36, y(v) + 4, figures.number(v, 1), class_="small", anchor="end") for v in y.ticks()]
+    parts += [text(x(v), 234, figures.short(v), class_="small", anchor="middle") for v in x.ticks()]
+    parts += [text(36, y(v) + 4, figures.short(v), class_="small", anchor="end") for v in y.ticks()]
     parts.append(text(WIDE - 6, 250, "operations per byte →", class_="small", anchor="end"))
     parts.append(text(0, 250, "↑ 10⁹ operations per second", class_="small"))
     return drawing(name, title, WIDE, 254, *parts)

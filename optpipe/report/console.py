@@ -6,6 +6,9 @@ from typing import Any
 
 from optpipe.report.schema import Latency, Measurement, NotMeasured, Quality, Report
 
+TABLE_WIDTH = 150  # at least, where the output is no terminal
+UNBOUNDED = 10_000
+
 
 def table(report: Report) -> Any:
     """The run as a rich table: a row for the baseline in each runtime, and one per step."""
@@ -38,6 +41,17 @@ def _headings(baseline: Measurement | NotMeasured) -> tuple[str, str]:
     quality = baseline.quality
     name, unit = ("quality", "points") if quality.unit == "fraction" else (quality.metric, quality.metric)
     return name + ("" if quality.higher_is_better else " ↓"), f"Δ {unit} [95 %]"
+
+
+def show(view: Any) -> None:
+    """Print a table; where the output is no terminal, as wide as it is."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = UNBOUNDED
+        console.width = max(TABLE_WIDTH, console.measure(view).maximum)
+    console.print(view)
 
 
 def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:

@@ -29,14 +29,24 @@ def number(value: float, digits: int = 3) -> str:
     """At least `digits` significant digits, without an exponent."""
     if not math.isfinite(value):
         return "unknown" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
-    magnitude = math.floor(math.log10(abs(value))) if value else 0
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
     return f"{value:,.{min(9, max(0, digits - 1 - magnitude))}f}".replace("-", MINUS)
 
 
+def short(value: float) -> str:
+    """As on an axis: three significant digits, without the zeros behind them."""
+    said = number(value)
+    return said.rstrip("0").rstrip(".") if "." in said else said
+
+
 def signed(value: float, decimals: int) -> str:
+    """With + or −, except what rounds to zero."""
     if not math.isfinite(value):
         return number(value)
-    return f"{value:+,.{decimals}f}".replace("-", MINUS)
+    said = f"{value:+,.{decimals}f}"
+    return said[1:] if not said.strip("+-0.") else said.replace("-", MINUS)
 
 
 def size(value: float) -> str:

@@ -24,6 +24,7 @@ from optpipe.report.schema import (
 )
 
 PAGE = "report.html"
+AS_IT_CAME = "as it came in"
 
 
 def write_page(report: Report, folder: Path) -> Path:
@@ -71,16 +72,37 @@ class Page:
         if isinstance(self.baseline, NotMeasured) or isinstance(self.final, NotMeasured):
             return []
         before, after = self.baseline, self.final
-        return [_size(before, after), *_speed(before, after), _quality(before, after)]
+        return [_size(before, after), *self._speed(after), _quality(before, after)]
+
+    def _speed(self, after: Measurement) -> list[Key]:
+        labels = "Against the model as it came in", "Against it in the same runtime"
+        latency = figures.headline(after)
+        if isinstance(latency, NotMeasured):
+            return [Key(label, "not measured", latency.not_measured) for label in labels]
+        was = figures.words(self._before(latency).eager_ms, figures.milliseconds)
+        ratio = f"{figures.times(latency.speedup)} {figures.interval(latency.speedup_ci95)}"
+        said = f"{ratio}; a call takes {was} → {figures.milliseconds(latency.p50_ms)} at batch 1"
+        first = Key(labels[0], figures.compared(latency.speedup, latency.verdict), said)
+        same, ci95, judged = (
+            latency.speedup_same_runtime,
+            latency.speedup_same_runtime_ci95,
+            latency.verdict_same_runtime,
+        )
+        if isinstance(same, NotMeasured) or isinstance(ci95, NotMeasured) or isinstance(judged, NotMeasured):
+            reason = next(v.not_measured for v in (same, ci95, judged) if isinstance(v, NotMeasured))
+            return [first, Key(labels[1], "not measured", reason)]
+        ratio = f"{figures.times(same)} {figures.interval(ci95)}"
+        said = f"{ratio} against the unoptimised export in {latency.runtime}: without the engine's own gain"
+        return [first, Key(labels[1], figures.compared(same, judged), said)]
 
     # Over the steps.
 
     def _measured(self) -> Iterator[tuple[str, Measurement | NotMeasured, bool]]:
-        yield "the model as it came in", self.baseline, True
+        yield AS_IT_CAME, self.baseline, True
         for stage in self.report.stages:
             back = " (rolled back)" if stage.status == "rolled_back" else ""
             chained = stage.status != "rolled_back"
-            yield f"{figures.step_name(stage)}{back}", stage.measurement, chained
+            yield f"{stage.key}{back}", stage.measurement, chained
 
     def size_chart(self) -> Markup:
         rows = []
@@ -107,7 +129,7 @@ class Page:
                 rows.append(Row(label=label, said=said, value=quality, chained=chained))
                 continue
             unit = unit or quality
-            said = f"{figures.quality_value(quality)}  {figures.quality_change(quality)}"
+            said = f"{figures.quality_value(quality)} ({figures.quality_change(quality)})"
             rows.append(Row(label=label, said=said, value=quality.delta, ci95=quality.delta_ci95, chained=chained))
         title = "Difference in quality from the model as it came in, after every step"
         shown = unit
@@ -134,20 +156,24 @@ class Page:
             ("final", figures.headline(self.final)),
         ]
 
-    def distributions(self) -> Markup | NotMeasured:
-        """Calls of the three, from the same rounds where the run's folder still has them."""
+    def calls(self) -> list[tuple[str, Calls | NotMeasured]]:
+        """The time of a call of each: all from the final model's rounds where the run's folder still has them."""
         final = figures.headline(self.final)
         together = samples.calls(self.folder, final) if isinstance(final, Latency) else {}
-        found = []
+        found: list[tuple[str, Calls | NotMeasured]] = []
         for (label, latency), name in zip(self.references(), ("eager", "exported", "subject"), strict=True):
-            if name in together:
-                quantiles = np.percentile(together[name], np.arange(0, 101, 5))
-                p99 = float(np.percentile(together[name], 99))
-                every = together[name]
-                found.append(Calls(label=label, quantiles_ms=list(map(float, quantiles)), p99_ms=p99, every_ms=every))
-            elif isinstance(latency, Latency) and len(latency.quantiles_ms) == 21:
-                found.append(Calls(label=label, quantiles_ms=latency.quantiles_ms, p99_ms=latency.p99_ms))
+            if isinstance(latency, NotMeasured):
+                found.append((label, latency))
+            elif name in together:
+                found.append((label, Calls.of(label, together[name])))
+            else:
+                found.append((label, Calls.summary(label, latency)))
+        return found
+
+    def distributions(self) -> Markup | NotMeasured:
+        found = [calls for _, calls in self.calls() if isinstance(calls, Calls) and calls.quantiles_ms]
         if not found:
+            final = figures.headline(self.final)
             return final if isinstance(final, NotMeasured) else NotMeasured("the report holds no calls' times")
         return charts.distributions("distributions", "Distributions of the time of one call", found)
 
@@ -224,24 +250,6 @@ def _size(before: Measurement, after: Measurement) -> Key:
     assert isinstance(was, int | float) and isinstance(now, int | float)
     shrunk = figures.shrunk(was, now) if was and now else "–"
     return Key("Size", shrunk, f"{figures.size(was)} → {figures.size(now)}")
-
-
-def _speed(before: Measurement, after: Measurement) -> list[Key]:
-    labels = "Against the model as it came in", "Against it in the same runtime"
-    latency = figures.headline(after)
-    if isinstance(latency, NotMeasured):
-        return [Key(label, "not measured", latency.not_measured) for label in labels]
-    was = figures.words(figures.headline(before), lambda found: figures.milliseconds(found.p50_ms))
-    ratio = f"{figures.times(latency.speedup)} {figures.interval(latency.speedup_ci95)}"
-    said = f"{ratio}; a call takes {was} → {figures.milliseconds(latency.p50_ms)} at batch 1"
-    first = Key(labels[0], figures.compared(latency.speedup, latency.verdict), said)
-    same, ci95, judged = latency.speedup_same_runtime, latency.speedup_same_runtime_ci95, latency.verdict_same_runtime
-    if isinstance(same, NotMeasured) or isinstance(ci95, NotMeasured) or isinstance(judged, NotMeasured):
-        reason = next(v.not_measured for v in (same, ci95, judged) if isinstance(v, NotMeasured))
-        return [first, Key(labels[1], "not measured", reason)]
-    ratio = f"{figures.times(same)} {figures.interval(ci95)}"
-    said = f"{ratio} against the unoptimised export in {latency.runtime}: without the engine's own gain"
-    return [first, Key(labels[1], figures.compared(same, judged), said)]
 
 
 def _quality(before: Measurement, after: Measurement) -> Key:

@@ -46,9 +46,10 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
     )
     found.filters.update({form.__name__: _or_reason(form) for form in FORMS})
-    found.filters.update(verdict=figures.verdict, fact=fact, label=figures.STATUS.__getitem__)
+    found.filters.update(verdict=figures.verdict, fact=_or_reason(fact), label=figures.STATUS.__getitem__)
     found.filters.update(mark=figures.MARKS.__getitem__, plain=_or_reason(str))
     found.tests["missing"] = lambda value: isinstance(value, NotMeasured)
     return found
@@ -68,7 +69,7 @@ def _or_reason(form: Callable[..., str]) -> Callable[..., str]:
 def fact(value: Any) -> str:
     """What a stage recorded, or a part of the environment, in a line of text."""
     if isinstance(value, float):
-        return figures.number(value, 4)
+        return f"{value:.4g}".replace("-", figures.MINUS)
     if isinstance(value, dict) and not any(isinstance(inner, dict | list) for inner in value.values()):
         said = ", ".join(f"{key} {fact(inner)}" for key, inner in value.items())
     elif isinstance(value, list | tuple) and not any(isinstance(inner, dict | list | tuple) for inner in value):
