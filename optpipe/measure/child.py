@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from optpipe.measure.latency import MeasureError
+from optpipe.measure.nursery import MeasureError
 
 
 def ask(module: str, request: dict[str, Any], *, what: str, threads: int, timeout_seconds: float) -> dict[str, Any]:
