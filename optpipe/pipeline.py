@@ -282,6 +282,9 @@ class Loop:
         content = after_form.content_hash(model)
         unchanged = content == before.hash
         measurement = before.measurement if unchanged else self.measurer.measure(model, folder)
+        timed = measurement.headline()
+        if timed and not unchanged and timed.verdict_same_runtime != "faster":
+            measurement = self.measurer.explained(measurement, model, folder)
         measurement = ctx.benchmarks.added_to(measurement)
         result.measurement = measurement
         result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
@@ -348,7 +351,8 @@ class Loop:
     def _finish(self, state: State) -> None:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
         artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
-        self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=state.measurement)
+        measurement = self.measurer.explained(state.measurement, state.model, state.folder)
+        self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
         self.measurer.save_quality(state.model)
         for result in self.report.stages:
             if result.key in self.tries:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from optpipe.machine import machine_lock
 from optpipe.measure import child
 
 TIMEOUT_SECONDS = 120.0
@@ -112,20 +113,22 @@ def inspect(
 
     inputs: a .npz file; arrays that are named by a number go in by position, the others by name.
     profile: a file to leave ONNX Runtime's own profile in.
-    Works in a child process, while the caller sleeps. Raises MeasureError with the child's last words.
+    Works in a child process, while the caller sleeps and no other optpipe process computes. Raises MeasureError with
+    the child's last words.
     """
-    answer = child.ask(
-        "optpipe.measure.inspector",
-        {
-            "model": str(model.resolve()),
-            "inputs": str(inputs.resolve()),
-            "threads": threads,
-            "profile": str(profile.resolve()) if profile else None,
-        },
-        what="the process that looked into the model in onnxruntime",
-        threads=threads,
-        timeout_seconds=timeout_seconds,
-    )
+    with machine_lock().timing():
+        answer = child.ask(
+            "optpipe.measure.inspector",
+            {
+                "model": str(model.resolve()),
+                "inputs": str(inputs.resolve()),
+                "threads": threads,
+                "profile": str(profile.resolve()) if profile else None,
+            },
+            what="the process that looked into the model in onnxruntime",
+            threads=threads,
+            timeout_seconds=timeout_seconds,
+        )
     tensors = {
         name: Tensor(**{**tensor, "shape": tuple(tensor["shape"])}) for name, tensor in answer["tensors"].items()
     }

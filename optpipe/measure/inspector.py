@@ -1,4 +1,4 @@
-"""The process that looks into one ONNX file: `python -m optpipe.measure.inspector`. JSON in and out; no torch."""
+"""The process that looks into one ONNX file: `python -m optpipe.measure.inspector`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from optpipe.measure.worker import bound_call
 from optpipe.runtimes import Runner
 from optpipe.runtimes.onnxruntime import session_options
 
-SECONDS = 0.4  # of timed calls, and of profiled ones
-MIN_CALLS, MAX_EVENTS = 10, 30_000
+SECONDS = 0.2  # of timed calls, and about as long of profiled ones
+MIN_CALLS, MAX_EVENTS = 10, 10_000
 WARM_UP_CALLS = 3
 CHAIN = 64  # operators that compute next to nothing
 PROFILE_TYPES = {"float": "float32", "double": "float64"}  # the profile's names of types that NumPy names otherwise
@@ -120,7 +120,7 @@ def timed(call: Callable[[], Any], seconds: float) -> list[float]:
 
 def _chain_ms(length: int, threads: int) -> float:
     session = ort.InferenceSession(_chain(length), _as_written(session_options(threads)))
-    return statistics.median(timed(_chain_call(session), 0.04))
+    return statistics.median(timed(_chain_call(session), 0.03))
 
 
 def _chain_call(session: ort.InferenceSession) -> Callable[[], Any]:

@@ -17,12 +17,14 @@ from optpipe import lower
 from optpipe.errors import StageError
 from optpipe.forms import form, form_of
 from optpipe.machine import machine_lock
-from optpipe.measure import quality
+from optpipe.measure import explain, quality
+from optpipe.measure.inspect import Inspection, inspect
 from optpipe.measure.latency import Bench, Comparison, Contender
 from optpipe.measure.nursery import MeasureError
 from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
+from optpipe.progress import say
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Sustained
 from optpipe.runtimes import runtime
 from optpipe.target import Target
@@ -55,6 +57,7 @@ class Measurer:
         self.seconds = 0.0
         self._run_folder, self._folder, self._bench = run_folder, run_folder / "00_baseline", bench
         self._timed: dict[tuple[Any, ...], Timed] = {}
+        self._seen: dict[str, Inspection] = {}  # by the content of the file
         self._baseline = Contender(self._folder, "torch", target.threads)
         self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
         self._reference: dict[Split, Predictions] = {}
@@ -147,6 +150,34 @@ class Measurer:
         with self._clock():
             contender, _ = self._saved(model, folder, self.target.threads)
             return self._bench.sustained(contender, self._inputs(1), seconds)
+
+    def explained(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
+        """`measurement` of `model`, saved in `folder`, with the slowest operators and what keeps it from being faster.
+
+        The same where the target's runtime shows no profile of its own, or nothing can be run on this machine.
+        """
+        if self.target.runtime != "onnxruntime" or measurement.headline() is None:
+            return measurement
+        with self._clock():
+            contender, _ = self._contender(model, folder, self.target.threads)
+            try:
+                seen, baseline = self._inspected(contender.folder), self._baseline_inspected()
+            except MeasureError as error:
+                say(f"  what {folder.name} is slow at could not be found out: {error}")
+                return measurement
+            return replace(measurement, findings=explain.explain(seen, baseline), operators=explain.operators(seen))
+
+    def _baseline_inspected(self) -> Inspection | None:
+        """The exported baseline as the runtime executes it; None if it could not be exported."""
+        exported = self._baseline_exported
+        return None if isinstance(exported, NotMeasured) else self._inspected(exported)
+
+    def _inspected(self, folder: Path) -> Inspection:
+        """The file in `folder` as the runtime executes it, looked at once for the same bytes."""
+        what = _file_hash(Contender(folder, self.target.runtime, self.target.threads))
+        if what not in self._seen:
+            self._seen[what] = inspect(folder / "model.onnx", self._inputs(1), self.target.threads)
+        return self._seen[what]
 
     def _saved(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
         """The same as `_contender`, of a model that a stage may have changed since it was given it."""
