@@ -31,10 +31,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 
 from optpipe.context import Context
+from optpipe.fingerprint import environment
 from optpipe.forms import ExportedFile
 from optpipe.forms import onnx as onnx_form
 from optpipe.lower import to_onnx, trace
-from optpipe.machine import environment, machine_lock
+from optpipe.machine import machine_lock
 from optpipe.measure.latency import Bench, Comparison, Contender, Ratio
 from optpipe.measure.measurer import Measurer
 from optpipe.measure.settings import Measure

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ INSTRUCTION_SETS = (
     "sse4_2", "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "avx_vnni_int8", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
-REPORTED_PACKAGES = ("optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @cache
@@ -42,32 +41,25 @@ def cpu() -> tuple[str, frozenset[str]]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may keep busy: those it is bound to, or the whole ones of its container's quota.
+
+    The kernel stops threads beyond the quota for most of every tenth of a second, so a part of a core counts for nothing.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    return bound if quota is None else max(1, min(bound, int(quota)))
 
 
-def environment() -> dict[str, Any]:
-    """What a figure of this machine depends on, for the report."""
-    name, isa = cpu()
-    return {
-        "cpu": name,
-        "isa": [extension for extension in INSTRUCTION_SETS if extension in isa],
-        "cores": usable_cores(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **package_versions()},
-        "git": _output("git", "rev-parse", "--short", "HEAD"),
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide a result."""
-    versions = {}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def cpu_quota(root: Path = CGROUP) -> float | None:
+    """Cores that the container may use on average (cgroup version 2 or 1); None without a limit."""
+    try:
+        if (root / "cpu.max").exists():
+            limit, period = (root / "cpu.max").read_text().split()
+        else:
+            limit, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return float(limit) / float(period) if float(limit) > 0 else None
+    except (OSError, ValueError):  # there is no such file, or it says "max"
+        return None
 
 
 def _output(*command: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optpipe.errors import OptpipeError
+from optpipe.fingerprint import package_versions
 from optpipe.forms import form
-from optpipe.machine import package_versions
 from optpipe.runtimes import Runner, runtime
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from optpipe import manifest, parity
 from optpipe.budget import Estimate, Policy, estimates, judge
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
+from optpipe.fingerprint import environment
 from optpipe.forms import Form, form, form_of
-from optpipe.machine import environment, machine_lock, usable_cores
+from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
@@ -351,7 +352,7 @@ class Loop:
     def _finish(self, state: State) -> None:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
         artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
-        measurement = self.measurer.explained(state.measurement, state.model, state.folder)
+        measurement = self.measurer.final(state.measurement, state.model, state.folder)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
         self.measurer.save_quality(state.model)
         for result in self.report.stages:

@@ -163,7 +163,7 @@ def _quality_again(run: Run) -> list[Finding]:
 
 def _latency_again(run: Run) -> list[Finding]:
     """Every speed-up that the report has for the deployed model, in new processes."""
-    from optpipe.machine import differences, environment
+    from optpipe.fingerprint import differences, environment
     from optpipe.report import Final, NotMeasured
 
     assert isinstance(run.report.final, Final)

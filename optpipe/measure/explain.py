@@ -11,7 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from optpipe.machine import cpu, usable_cores
-from optpipe.measure.inspect import Inspection, Node, Tensor
+from optpipe.measure.inspect import Inspection, Node
+from optpipe.measure.roofline import operations as operations_of
+from optpipe.measure.roofline import traffic
 from optpipe.report.schema import Finding, NotMeasured, Operator
 
 LEAST_SHARE = 0.05  # of a call's time that is worth telling
@@ -63,7 +65,8 @@ def operators(inspection: Inspection) -> list[Operator]:
             kind=node.kind,
             ms=inspection.ms(node),
             share=inspection.ms(node) / total,
-            bytes=_bytes(inspection, node),
+            operations=operations_of(inspection, node),
+            bytes=traffic(inspection, node),
         )
         for node in slowest
     ]
@@ -295,13 +298,6 @@ def _matrix(inspection: Inspection, node: Node) -> tuple[int, int] | None:
     group = int(node.attributes.get("group", 1))
     channels, depth = weights.shape[0], math.prod(weights.shape[1:])
     return None if weights.shape[1] == 1 and group == channels else (depth, channels // group)
-
-
-def _bytes(inspection: Inspection, node: Node) -> int | NotMeasured:
-    """Of all tensors that `node` reads and writes."""
-    named = [name for name in (*node.inputs, *node.outputs) if name]
-    tensors: list[Tensor] = [inspection.tensors[name] for name in named if name in inspection.tensors]
-    return sum(t.bytes for t in tensors) if len(tensors) == len(named) else NotMeasured("shapes are not known")
 
 
 def _kinds(inspection: Inspection, nodes: Sequence[Node]) -> str:

@@ -147,6 +147,12 @@ class Bench:
                 found.append(Callers(callers=count, throughput=throughput, p50_ms=float(p50), p95_ms=float(p95)))
         return found
 
+    def calls(self, contender: Contender, batch: Path, seconds: float) -> int:
+        """Call one model for `seconds`; how often."""
+        with machine_lock().timing(), closing(self._worker(contender)) as worker:
+            _load(worker, contender, [batch])
+            return len(worker.ask("block", inputs=str(batch), seconds=seconds)["milliseconds"]) + 1
+
     def sustained(self, contender: Contender, batch: Path, seconds: float) -> Sustained:
         """One model called without a pause for `seconds`."""
         medians: list[float] = []

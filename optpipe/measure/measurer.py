@@ -17,7 +17,7 @@ from optpipe import lower
 from optpipe.errors import StageError
 from optpipe.forms import form, form_of
 from optpipe.machine import machine_lock
-from optpipe.measure import explain, quality
+from optpipe.measure import child, energy, explain, quality, roofline
 from optpipe.measure.inspect import Inspection, inspect
 from optpipe.measure.latency import Bench, Comparison, Contender
 from optpipe.measure.nursery import MeasureError
@@ -32,6 +32,8 @@ from optpipe.task import Inputs, Split, Task, batch_of
 
 SAMPLES = "samples"
 QUALITY = "quality"
+PROFILE = "profile"
+ENERGY_SECONDS = 1.0  # of calls, between two readings of the counter
 MOST_JUDGED = 8  # predictions kept at once, beside the baseline's
 NAMES = ("eager", "exported")  # of the baseline's two contenders
 
@@ -166,6 +168,50 @@ class Measurer:
                 say(f"  what {folder.name} is slow at could not be found out: {error}")
                 return measurement
             return replace(measurement, findings=explain.explain(seen, baseline), operators=explain.operators(seen))
+
+    def final(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
+        """`measurement` of the run's result, explained, with its energy and its place below the machine's limits."""
+        measurement = self.explained(measurement, model, folder)
+        if measurement.headline() is None:
+            return measurement
+        with self._clock():
+            contender, _ = self._contender(model, folder, self.target.threads)
+            energy = self._energy(contender)
+            if self.target.runtime != "onnxruntime":
+                reason = NotMeasured(f"{self.target.runtime} does not show the graph that it executes")
+                return replace(measurement, energy_joules=energy, roofline=reason)
+            try:
+                found = roofline.roofline(self._inspected(contender.folder), roofline.peaks(self.target.threads))
+                if self.settings.profile:
+                    self._profile(contender)
+            except MeasureError as error:
+                return replace(measurement, energy_joules=energy, roofline=NotMeasured(str(error)))
+            return replace(measurement, energy_joules=energy, roofline=found)
+
+    def _energy(self, contender: Contender) -> float | NotMeasured:
+        """Joules of a call at batch 1."""
+        if isinstance(counters := energy.domains(), NotMeasured):
+            return counters
+        return energy.joules_per_call(lambda: self._bench.calls(contender, self._inputs(1), ENERGY_SECONDS))
+
+    def _profile(self, contender: Contender) -> None:
+        """Leave traces of the result, the exported baseline and the eager baseline in the run's folder."""
+        folder, threads = self._run_folder / PROFILE, self.target.threads
+        folder.mkdir(exist_ok=True)
+        files = {"final_onnxruntime.json": contender.folder}
+        if not isinstance(self._baseline_exported, NotMeasured):
+            files["baseline_onnxruntime.json"] = self._baseline_exported
+        for name, model in files.items():
+            inspect(model / "model.onnx", self._inputs(1), threads, profile=folder / name)
+        request = {"folder": self._folder, "inputs": self._inputs(1), "path": folder / "baseline_torch.json"}
+        with machine_lock().timing():
+            child.ask(
+                "optpipe.measure.profiler",
+                {**{name: str(path.resolve()) for name, path in request.items()}, "threads": threads},
+                what="the process that profiles the baseline in torch",
+                threads=threads,
+                timeout_seconds=self.settings.timeout_seconds,
+            )
 
     def _baseline_inspected(self) -> Inspection | None:
         """The exported baseline as the runtime executes it; None if it could not be exported."""

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from optpipe.fingerprint import differences
 from optpipe.measure.effect import welch
 from optpipe.measure.quality import delta_interval
 from optpipe.report import figures, samples
 from optpipe.report.runs import Run
 from optpipe.report.samples import Floats
 from optpipe.report.schema import Interval, Measurement, NotMeasured, Quality
-
-COMPARED_PACKAGES = ("torch", "onnxruntime")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,22 +61,10 @@ def compare(a: Run, b: Run) -> Comparison:
     )
 
 
-def differences(environment_a: dict[str, Any], environment_b: dict[str, Any]) -> list[str]:
-    """Where two environments differ in what decides a latency, in words."""
-    versions_a, versions_b = (environment.get("versions", {}) for environment in (environment_a, environment_b))
-    pairs = [(key, environment_a.get(key), environment_b.get(key)) for key in ("cpu", "isa", "cores")]
-    pairs += [(package, versions_a.get(package), versions_b.get(package)) for package in COMPARED_PACKAGES]
-    return [f"{key} {_spoken(before)} / {_spoken(after)}" for key, before, after in pairs if before != after]
-
-
 def machine_differences(a: Run, b: Run) -> list[str]:
     """The differences between two machines, those between their builds apart."""
     versions = a.report.environment.get("versions", {})
     return differences(a.report.environment, {**b.report.environment, "versions": versions})
-
-
-def _spoken(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "unknown" if value is None else str(value)
 
 
 def _baseline_differences(a: Run, b: Run) -> Iterator[str]:
