@@ -43,7 +43,7 @@ def cpu() -> tuple[str, frozenset[str]]:
 def usable_cores() -> int:
     """Cores that this process may keep busy: those it is bound to, or the whole ones of its container's quota.
 
-    The kernel stops threads beyond the quota for most of every tenth of a second, so a part of a core counts for nothing.
+    The kernel stops threads beyond the quota for most of every tenth of a second: a part of a core is none.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cpu_quota()

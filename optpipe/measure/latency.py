@@ -26,7 +26,7 @@ from optpipe.measure.statistics import Floats, Ratio, drift
 from optpipe.progress import stepwise
 from optpipe.report.schema import Callers, Sustained
 
-CALLERS_SECONDS = 0.3
+CALLERS_SECONDS = 0.25
 SPANS = 6  # that a sustained measurement is told in
 DRIFT = 0.1  # of a model's time within a replica: more is not settled
 LOOK_SECONDS = 0.1  # at how busy each core is

@@ -17,7 +17,7 @@ from optpipe.runtimes.onnxruntime import session_options
 
 SIDE = 1024  # of the square matrix that is multiplied: its weights fit into no first-level cache
 ROWS = 256
-SECONDS = 0.4  # for each limit
+SECONDS = 0.2  # for each limit
 WORKING_SETS = (2**18, 2**20, 2**22, 2**24, 2**28)  # bytes: from the second-level cache to memory
 
 

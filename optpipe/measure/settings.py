@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Measure:
     """How long to measure, and when a figure is good enough."""
 
-    replicas: int = 7  # fresh processes per contender, at least: two with one model differ by up to a few per cent
+    replicas: int = 6  # fresh processes per contender, at least: two with one model differ by up to a few per cent
     rounds: int = 5  # in each of them; a round is one block of every contender
     block_seconds: float = 0.01  # of consecutive calls of one contender before the next one's turn
     max_seconds: float = 3.0  # after which a comparison gets no further replicas
