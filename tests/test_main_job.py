@@ -147,7 +147,7 @@ def test_mlflow_holds_the_run_its_stages_and_its_files(edge_run: Finished) -> No
     )
     assert [child.info.run_name for child in children] == STAGES
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
-    assert {"config.json", "report.json", "model"} <= artifacts
+    assert {"config.json", "report.json", "report.html", "model"} <= artifacts
     assert parent.data.params["prune.ratio"] == "0.7"
 
 

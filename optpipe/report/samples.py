@@ -18,9 +18,9 @@ Floats = NDArray[np.float64]
 def arrays(path: Path) -> Mapping[str, NDArray[np.generic]]:
     """The arrays of an .npz file; none where there is no such file or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, BadZipFile, EOFError, zlib.error):
+    except (OSError, ValueError, TypeError, BadZipFile, EOFError, zlib.error):
         return {}
 
 
