@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optpipe.errors import OptpipeError
 from optpipe.fingerprint import package_versions
 from optpipe.forms import form
-from optpipe.runtimes import Runner, runtime
+from optpipe.runtimes import RUNTIMES, Runner, runtime
 
 if TYPE_CHECKING:
     from optpipe.target import Target
@@ -31,7 +31,7 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: T
         "schema": 1,
         "form": form_name,
         "files": files,
-        "runtime": target.runtime if runtime(target.runtime).TAKES == form_name else "torch",
+        "runtime": target.runtime if RUNTIMES[target.runtime] == form_name else "torch",
         **_signature(folder, form_name, task),
         "target": {
             "runtime": target.runtime,

@@ -26,7 +26,7 @@ from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
 from optpipe.progress import say
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Sustained
-from optpipe.runtimes import runtime
+from optpipe.runtimes import RUNTIMES
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
 
@@ -98,7 +98,7 @@ class Measurer:
                     raise StageError("measure.previews=false")
                 contender, preview = self._contender(model, folder, self.target.threads)
                 (timed,) = self._time(contender, [1], folder.name)
-                size = form(runtime(contender.runtime).TAKES).size_bytes(contender.folder)
+                size = form(RUNTIMES[contender.runtime]).size_bytes(contender.folder)
             except StageError as error:
                 timed = size = NotMeasured(f"no preview of this model was exported: {error}")
             return Measurement(
@@ -167,7 +167,10 @@ class Measurer:
             except MeasureError as error:
                 say(f"  what {folder.name} is slow at could not be found out: {error}")
                 return measurement
-            return replace(measurement, findings=explain.explain(seen, baseline), operators=explain.operators(seen))
+            latency = measurement.headline()
+            disappoints = latency is not None and latency.verdict_same_runtime != "faster"
+            findings = explain.explain(seen, baseline) if disappoints else []
+            return replace(measurement, findings=findings, operators=explain.operators(seen))
 
     def final(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
         """`measurement` of the run's result, explained, with its energy and its place below the machine's limits."""
@@ -245,12 +248,12 @@ class Measurer:
     def _is_deployable(self, model: Any) -> bool:
         """Whether the target's runtime takes `model` as it is."""
         current = form_of(model)
-        return current is not None and current.NAME == runtime(self.target.runtime).TAKES
+        return current is not None and current.NAME == RUNTIMES[self.target.runtime]
 
     def _lower(self, model: Any, folder: Path, *, rewrite: bool) -> None:
         """Write `model` to `folder` in the form that the target's runtime takes."""
         if self._is_deployable(model):
-            form(runtime(self.target.runtime).TAKES).save(model, folder)
+            form(RUNTIMES[self.target.runtime]).save(model, folder)
             return
         with machine_lock().working():
             program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from optpipe.forms import form
-from optpipe.runtimes import Runner, Runtime, runtime
+from optpipe.runtimes import RUNTIMES, Runner, Runtime, runtime
 
 SETTLE_SECONDS = 1.0  # at most, before the first block
 WINDOW_SECONDS = 0.005  # of the calls whose times are compared to see whether they have settled
@@ -35,7 +35,7 @@ LINE_BYTES = 65536
 def main() -> None:
     """Fork a child for each request that brings a socket and a log; end and reap one for {"reap": pid}."""
     engine = runtime(sys.argv[1])
-    form(engine.TAKES)  # imported before the first fork
+    form(RUNTIMES[engine.NAME])  # imported before the first fork
     control = socket.socket(fileno=int(sys.argv[2]))
     gc.freeze()  # a child's collections look only at what it made itself
     control.sendall(b"{}\n")
@@ -115,7 +115,7 @@ class Timer:
         if cores:
             os.sched_setaffinity(0, cores)  # inherited by the threads that the runtime starts
         begin = time.perf_counter_ns()
-        self._run = self._engine.runner(form(self._engine.TAKES).load(Path(folder)), threads)
+        self._run = self._engine.runner(form(RUNTIMES[self._engine.NAME]).load(Path(folder)), threads)
         return {"load_ms": (time.perf_counter_ns() - begin) / 1e6}
 
     def warm_up(self, inputs: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from optpipe.fingerprint import differences
 from optpipe.measure.effect import welch
-from optpipe.measure.quality import delta_interval
+from optpipe.measure.intervals import delta_interval
 from optpipe.report import figures, samples
 from optpipe.report.runs import Run
 from optpipe.report.samples import Floats

@@ -117,25 +117,20 @@ def shrunk(before: float, after: float) -> str:
     return f"{number(before / after)} × smaller" if after < before else f"{number(after / before)} × larger"
 
 
-def is_share(quality: Quality) -> bool:
-    """Whether the metric is read as per cent: all that is known of it lies between 0 and 1, and more is better."""
-    return quality.higher_is_better and all(0 <= value <= 1 for value in (quality.value, *quality.ci95))
-
-
 def quality_value(quality: Quality, value: float | None = None) -> str:
     """The metric's value, or another on its scale."""
     value = quality.value if value is None else value
-    return f"{value:.2%}".replace("%", " %") if is_share(quality) else number(value, 4)
+    return f"{value:.2%}".replace("%", " %") if quality.unit == "fraction" else number(value, 4)
 
 
 def quality_unit(quality: Quality) -> str:
-    return "points" if is_share(quality) else quality.metric
+    return "points" if quality.unit == "fraction" else quality.metric
 
 
 def quality_change(quality: Quality, value: float | None = None) -> str:
     """The difference from the baseline, or another: in points of a hundredth for a share. Without its unit."""
     value = quality.delta if value is None else value
-    return signed(value * 100, 2) if is_share(quality) else signed(value, _decimals(quality))
+    return signed(value * 100, 2) if quality.unit == "fraction" else signed(value, _decimals(quality))
 
 
 def quality_delta(quality: Quality) -> str:

@@ -1,11 +1,10 @@
 """What runs a model. One file per engine, each with the same names.
 
     NAME                          the engine's name in `target.runtime`
-    TAKES                         the form that it runs
     runner(model, threads)        a callable: NumPy arrays in (by position or by name), a list of NumPy arrays out
 
-A new engine is one new file here and its name in RUNTIMES. Measuring workers import these files, so they import
-torch only if they run it.
+A new engine is one new file here, and its name with the form that it takes in RUNTIMES. Measuring workers import these
+files, so they import torch only if they run it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Runtime(Protocol):
     """The names that each module of this package has."""
 
     NAME: str
-    TAKES: str
 
     def runner(self, model: Any, threads: int) -> Runner: ...
 

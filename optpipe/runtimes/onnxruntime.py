@@ -10,7 +10,6 @@ from optpipe.forms import ExportedFile
 from optpipe.runtimes import Runner
 
 NAME = "onnxruntime"
-TAKES = "onnx"
 
 
 def runner(model: ExportedFile, threads: int) -> Runner:

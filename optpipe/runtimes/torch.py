@@ -12,7 +12,6 @@ from optpipe.runtimes import Runner
 from optpipe.task import tensors_in
 
 NAME = "torch"
-TAKES = "torch"
 
 
 def runner(model: nn.Module | ExportedProgram, threads: int) -> Runner:
