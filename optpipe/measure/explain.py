@@ -87,8 +87,8 @@ def call_overhead(inspection: Inspection) -> Finding | None:
         share=share,
         evidence=(
             f"the call and its operators add up to {_ms(inspection.total_ms)}, of which {_ms(inspection.overhead_ms)} "
-            f"would pass with nothing to compute: {_ms(inspection.call_ms)} for the call and {_ms(inspection.dispatch_ms)} for handing out "
-            f"each of {count} operators"
+            f"would pass with nothing to compute: {_ms(inspection.call_ms)} for the call and "
+            f"{_ms(inspection.dispatch_ms)} for handing out each of {count} operators"
         ),
         remedy="Call it with larger batches, or merge it with the model around it; compression makes no call cheaper.",
     )
@@ -147,8 +147,9 @@ def missing_instructions(inspection: Inspection, isa: Iterable[str]) -> Finding 
             cause="missing_instructions",
             share=inspection.share(signed),
             evidence=(
-                f"{len(signed)} of {len(products)} int8 layers multiply signed by signed bytes (S8S8), for which this processor has no "
-                f"instruction (avx_vnni_int8), so that they run without a vector kernel: {_kinds(inspection, signed)}"
+                f"{len(signed)} of {len(products)} int8 layers multiply signed by signed bytes (S8S8), for which this "
+                "processor has no instruction (avx_vnni_int8), so that they run without a vector kernel: "
+                f"{_kinds(inspection, signed)}"
             ),
             remedy="Quantise activations to unsigned bytes: quantize.signedness=u8s8.",
         )
@@ -177,9 +178,9 @@ def channels_off_vector_width(inspection: Inspection) -> Finding | None:
         cause="channels_off_vector_width",
         share=sum(share * inspection.ms(node) for share, node in wasted) / inspection.total_ms,
         evidence=(
-            f"{len(wasted)} int8 layers with lanes of the vectors empty ({LANES} output channels at once, products added "
-            f"by {DEPTH}); most in {worst.kind} '{worst.name}': {columns} output channels per group, {depth} products "
-            f"each, {most:.0%} empty"
+            f"int8 layers that leave lanes of the vectors empty ({LANES} output channels at once, products added by "
+            f"{DEPTH}): {len(wasted)}; most in {worst.kind} '{worst.name}': {columns} output channels per group, "
+            f"{depth} products each, {most:.0%} empty"
         ),
         remedy=f"Make channels (of each group) a multiple of {LANES}: prune.round_to={LANES}, or fewer, wider groups.",
     )
