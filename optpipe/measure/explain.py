@@ -32,7 +32,16 @@ PLAIN = {
     "QGemm": "Gemm", "FusedGemm": "Gemm", "FusedConv": "Conv", "FusedMatMul": "MatMul", "MatMulInteger": "MatMul",
     "MatMulIntegerToFloat": "MatMul", "DynamicQuantizeMatMul": "MatMul", "ConvInteger": "Conv",
 }  # fmt: skip
+PRODUCTS = {"Conv", "Gemm", "MatMul"}
 DOT_PRODUCTS = ("amx_int8", "avx_vnni_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+REPLACE = (
+    "Replace them by operators that ONNX Runtime has int8 kernels for (relu for gelu or silu, batch norm that folds "
+    "into a convolution for layer norm), or leave the layers between them in float."
+)
+QUANTISE_BOTH_SIDES = (
+    "Quantise what is before and behind these layers too: ONNX Runtime multiplies in int8 only where inputs and output "
+    "are quantised, and what the model gives out is not."
+)
 
 
 def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding]:
@@ -50,9 +59,9 @@ def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding
         channels_off_vector_width(inspection),
         *([more_operators(inspection, baseline), slower_kernels(inspection, baseline)] if baseline else []),
     ]
-    ranked = sorted((finding for finding in found if finding and _share(finding) >= LEAST_SHARE), key=_share)
+    told = [finding for finding in found if finding and _share(finding) >= LEAST_SHARE]
     crowded = thread_oversubscription(inspection, usable_cores())  # spoils every other figure
-    return [*([crowded] if crowded else []), *reversed(ranked)]
+    return [*([crowded] if crowded else []), *sorted(told, key=_share, reverse=True)]
 
 
 def operators(inspection: Inspection) -> list[Operator]:
@@ -80,9 +89,9 @@ def call_overhead(inspection: Inspection) -> Finding | None:
         cause="call_overhead",
         share=share,
         evidence=(
-            f"a call takes {_ms(inspection.total_ms)}, of which {_ms(inspection.overhead_ms)} would pass with nothing "
-            f"to compute: {_ms(inspection.call_ms)} for the call and {_ms(inspection.dispatch_ms)} for handing out "
-            f"each of {count} operators"
+            f"the call and its operators add up to {_ms(inspection.total_ms)}, of which {_ms(inspection.overhead_ms)} "
+            f"would pass with nothing to compute: {_ms(inspection.call_ms)} for the call and "
+            f"{_ms(inspection.dispatch_ms)} for handing out each of {count} operators"
         ),
         remedy="Call it with larger batches, or merge it with the model around it; compression makes no call cheaper.",
     )
@@ -93,14 +102,12 @@ def float_operators(inspection: Inspection) -> Finding | None:
     if not any(_is_quantised(node) for node in inspection.nodes):
         return None
     nodes = [node for node in inspection.nodes if _is_float(inspection, node)]
+    slowest = max(nodes, key=inspection.ms, default=None)
     return Finding(
         cause="float_operators",
         share=inspection.share(nodes),
-        evidence=f"{len(nodes)} of {len(inspection.nodes)} operators compute in float: {_kinds(inspection, nodes)}",
-        remedy=(
-            "Replace them by operators that ONNX Runtime has int8 kernels for (relu for gelu or silu, batch norm that "
-            "folds into a convolution for layer norm), or leave the layers between them in float."
-        ),
+        evidence=f"of {len(inspection.nodes)} operators, these compute in float: {_kinds(inspection, nodes)}",
+        remedy=REPLACE if not slowest or _plain(slowest) not in PRODUCTS else QUANTISE_BOTH_SIDES,
     )
 
 
@@ -110,10 +117,7 @@ def unfused_qdq(inspection: Inspection) -> Finding | None:
     return Finding(
         cause="unfused_qdq",
         share=inspection.share(nodes),
-        evidence=(
-            f"{len(nodes)} conversions between float and int8 are left in the optimised graph: "
-            f"{_kinds(inspection, nodes)}"
-        ),
+        evidence=f"conversions between float and int8 are left in the optimised graph: {_kinds(inspection, nodes)}",
         remedy=(
             "Quantise the operators on both sides of each of them, or neither: leave in float the layers whose "
             "neighbours have no int8 kernel."
@@ -127,7 +131,7 @@ def layout_conversions(inspection: Inspection) -> Finding | None:
     return Finding(
         cause="layout_conversions",
         share=inspection.share(nodes),
-        evidence=f"{len(nodes)} operators only rearrange memory: {_kinds(inspection, nodes)}",
+        evidence=f"operators that only rearrange memory: {_kinds(inspection, nodes)}",
         remedy="Keep one layout throughout: no permute between convolutions, and no float operators among int8 ones.",
     )
 
@@ -146,8 +150,9 @@ def missing_instructions(inspection: Inspection, isa: Iterable[str]) -> Finding 
             cause="missing_instructions",
             share=inspection.share(signed),
             evidence=(
-                f"{len(signed)} layers multiply signed by signed bytes (S8S8), for which this processor has no "
-                f"instruction (avx_vnni_int8), so that they run without a vector kernel: {_kinds(inspection, signed)}"
+                f"{len(signed)} of {len(products)} int8 layers multiply signed by signed bytes (S8S8), for which this "
+                "processor has no instruction (avx_vnni_int8), so that they run without a vector kernel: "
+                f"{_kinds(inspection, signed)}"
             ),
             remedy="Quantise activations to unsigned bytes: quantize.signedness=u8s8.",
         )
@@ -157,7 +162,7 @@ def missing_instructions(inspection: Inspection, isa: Iterable[str]) -> Finding 
             share=inspection.share(products),
             evidence=(
                 f"this processor has no int8 dot product (none of {', '.join(DOT_PRODUCTS)}), which "
-                f"{len(products)} layers need: {_kinds(inspection, products)}"
+                f"int8 layers need: {_kinds(inspection, products)}"
             ),
             remedy="Prune or distil instead, or run where there is one: int8 multiplies little faster than float here.",
         )
@@ -176,9 +181,9 @@ def channels_off_vector_width(inspection: Inspection) -> Finding | None:
         cause="channels_off_vector_width",
         share=sum(share * inspection.ms(node) for share, node in wasted) / inspection.total_ms,
         evidence=(
-            f"{len(wasted)} layers leave lanes of the vectors empty ({LANES} output channels at once, products added "
-            f"by {DEPTH}); most in {worst.kind} '{worst.name}': {columns} output channels per group, {depth} products "
-            f"each, {most:.0%} empty"
+            f"int8 layers that leave lanes of the vectors empty ({LANES} output channels at once, products added by "
+            f"{DEPTH}): {len(wasted)}; most in {worst.kind} '{worst.name}': {columns} output channels per group, "
+            f"{depth} products each, {most:.0%} empty"
         ),
         remedy=f"Make channels (of each group) a multiple of {LANES}: prune.round_to={LANES}, or fewer, wider groups.",
     )
@@ -186,24 +191,18 @@ def channels_off_vector_width(inspection: Inspection) -> Finding | None:
 
 def more_operators(inspection: Inspection, baseline: Inspection) -> Finding | None:
     """Operators beside the conversions that only this graph executes: fusions of the float graph that came apart."""
-    before = Counter(_plain(node) for node in baseline.nodes)
-    by_kind: dict[str, list[Node]] = defaultdict(list)
-    for node in inspection.nodes:
-        if node.kind not in CONVERSIONS | LAYOUT:
-            by_kind[_plain(node)].append(node)
-    added = [
-        node
-        for kind, nodes in by_kind.items()
-        for node in sorted(nodes, key=inspection.ms)[: max(0, len(nodes) - before[kind])]
-    ]
-    if not added:
+    added, gone = _only_in(inspection, baseline), _only_in(baseline, inspection)
+    ms = sum(map(inspection.ms, added)) - sum(map(baseline.ms, gone))
+    if not added or ms <= 0:
         return None
+    instead = f" instead of {_kinds(baseline, gone)}" if gone else ""
     return Finding(
         cause="more_operators",
-        share=inspection.share(added),
+        share=ms / inspection.total_ms,
         evidence=(
-            f"{len(added)} operators that the float model does not execute, beside conversions "
-            f"({len(inspection.nodes)} operators in all, {len(baseline.nodes)} in float): {_kinds(inspection, added)}"
+            "operators that the float model does not execute, beside conversions: "
+            f"{_kinds(inspection, added)}{instead}; {len(inspection.nodes)} operators in all, {len(baseline.nodes)} in "
+            "the float model"
         ),
         remedy="Leave in float the layers around them, so that ONNX Runtime can fuse them again.",
     )
@@ -253,6 +252,17 @@ def _ms_by_plain_kind(inspection: Inspection) -> dict[str, float]:
     found: dict[str, float] = defaultdict(float)
     for node in inspection.nodes:
         found[_plain(node)] += inspection.ms(node)
+    return found
+
+
+def _only_in(one: Inspection, other: Inspection) -> list[Node]:
+    """Operators beside conversions of which `one` has more than `other`, by kind; those that take least."""
+    left = Counter(map(_plain, other.nodes))
+    found = []
+    for node in sorted(one.nodes, key=one.ms, reverse=True):
+        left[_plain(node)] -= 1
+        if left[_plain(node)] < 0 and node.kind not in CONVERSIONS | LAYOUT:
+            found.append(node)
     return found
 
 

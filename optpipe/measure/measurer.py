@@ -158,7 +158,8 @@ class Measurer:
 
         The same where the target's runtime shows no profile of its own, or nothing can be run on this machine.
         """
-        if self.target.runtime != "onnxruntime" or measurement.headline() is None:
+        timed = measurement.headline()
+        if timed is None or timed.runtime != "onnxruntime":
             return measurement
         with self._clock():
             contender, _ = self._contender(model, folder, self.target.threads)
