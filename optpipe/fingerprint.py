@@ -14,7 +14,8 @@ from optpipe.machine import INSTRUCTION_SETS, cpu, cpu_quota, usable_cores
 REPORTED_PACKAGES = (
     "optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy", "lightning-fabric",
 )  # fmt: skip
-COMPARED = ("cpu", "isa", "cores", "governor", "cpu_quota")
+NEEDED = ("cpu", "isa", "cores")
+COMPARED = ("governor", "cpu_quota")
 COMPARED_PACKAGES = ("torch", "onnxruntime", "numpy")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 BOOST = (Path("/sys/devices/system/cpu/cpufreq/boost"), Path("/sys/devices/system/cpu/intel_pstate/no_turbo"))
@@ -46,12 +47,14 @@ def environment() -> dict[str, Any]:
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What makes latencies measured in environments `a` and `b` no comparison of two models, in words.
 
-    What an older report does not tell is not held against it.
+    What an older report does not tell is not held against it, as long as it names the processor.
     """
-    pairs = [(key, a.get(key), b.get(key)) for key in COMPARED]
-    pairs += [(name, a.get("versions", {}).get(name), b.get("versions", {}).get(name)) for name in COMPARED_PACKAGES]
-    told = [(key, before, after) for key, before, after in pairs if before is not None and after is not None]
-    return [f"{key} {_spoken(before)} / {_spoken(after)}" for key, before, after in told if before != after]
+    versions_a, versions_b = a.get("versions", {}), b.get("versions", {})
+    told = [key for key in COMPARED if key in a and key in b]
+    pairs = [(key, a.get(key, "unknown"), b.get(key, "unknown")) for key in (*NEEDED, *told)]
+    packages = [name for name in COMPARED_PACKAGES if name in versions_a and name in versions_b]
+    pairs += [(name, versions_a[name], versions_b[name]) for name in packages]
+    return [f"{key} {_spoken(before)} / {_spoken(after)}" for key, before, after in pairs if before != after]
 
 
 def package_versions() -> dict[str, str]:

@@ -34,7 +34,8 @@ def test_what_makes_figures_no_comparison_is_said_and_the_rest_is_not() -> None:
     other = {**here, "cpu": "Another Processor", "cores": 64, "versions": {**here["versions"], "torch": "1.0"}}
     said = " ".join(differences(here, other))
     assert "Another Processor" in said and "cores" in said and "torch" in said
-    assert differences(here, {"cpu": here["cpu"]}) == []  # an older report that tells less
+    older = {key: here[key] for key in ("cpu", "isa", "cores")}
+    assert differences(here, older) == [] != differences(here, {})
 
 
 @pytest.mark.parametrize(

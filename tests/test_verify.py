@@ -16,7 +16,7 @@ from optpipe import verify
 @pytest.fixture
 def copied(edge_run: Any, tmp_path: Path) -> Path:
     """A copy of the session's run to damage."""
-    return Path(shutil.copytree(edge_run.folder, tmp_path / "run"))
+    return Path(shutil.copytree(edge_run.run, tmp_path / "run"))
 
 
 def edit_report(folder: Path, change: Any) -> None:
@@ -27,7 +27,7 @@ def edit_report(folder: Path, change: Any) -> None:
 
 def test_a_run_that_nobody_touched_holds(edge_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     junit = tmp_path / "verify.xml"
-    code = verify.main([str(edge_run.folder), "--junit", str(junit)])
+    code = verify.main([str(edge_run.run), "--junit", str(junit)])
     out = capsys.readouterr().out
     assert code == 0, out
     for part in (
@@ -76,7 +76,7 @@ def test_figures_of_another_machine_are_not_compared(copied: Path, capsys: pytes
 
 
 def test_the_gate_lets_an_equal_model_pass_and_stops_a_worse_one(edge_run: Any, tmp_path: Path) -> None:
-    run = str(edge_run.folder)
+    run = str(edge_run.run)
     assert verify.main([run, "--against", run, "--max-slowdown", "25%", "--max-drop", "0.5"]) == 0
     junit = tmp_path / "gate.xml"
     assert verify.main([run, "--against", run, "--max-slowdown=-50%", "--max-drop=-1", "--junit", str(junit)]) == 1
