@@ -75,7 +75,7 @@ def optimize(
         report=report,
         model=load(folder),
         size_reduction=_ratio(baseline.size_bytes, measured.size_bytes),
-        latency=measured.latency if isinstance(measured.latency, NotMeasured) else measured.latency[0],
+        latency=measured.headline() or _why_no_latency(measured),
         quality_delta=NotMeasured("no quality")
         if isinstance(measured.quality, NotMeasured)
         else measured.quality.delta,
@@ -91,6 +91,10 @@ def _again(
     words += [f"config_dir={str(config_dir)!r}"] if config_dir else []
     origin = f", with the {' and the '.join(given)} of the calling program" if given else ""
     return f"Called from Python: optpipe.optimize({', '.join(words)}){origin}"
+
+
+def _why_no_latency(measured: Measurement) -> NotMeasured:
+    return measured.latency if isinstance(measured.latency, NotMeasured) else NotMeasured("batch 1 was not timed")
 
 
 def _ratio(before: int | NotMeasured, after: int | NotMeasured) -> float | NotMeasured:
