@@ -228,7 +228,7 @@ def _ratio_again(what: str, value: float, ci95: tuple[float, float], now: Ratio,
     if ci95[0] <= now.value <= ci95[1]:
         return Finding(what, recorded, shown, "inside", True)
     overlap = now.ci95[0] <= ci95[1] * (1 + margin) and now.ci95[1] * (1 + margin) >= ci95[0]
-    verdict = "outside, but the intervals meet" if overlap else "outside"
+    verdict = f"close: the intervals meet within {margin:.0%}" if overlap else "outside"
     return Finding(what, recorded, shown, verdict, overlap)
 
 

@@ -57,6 +57,7 @@ def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding
         layout_conversions(inspection),
         missing_instructions(inspection, isa),
         channels_off_vector_width(inspection),
+        *([same_graph(inspection, baseline)] if baseline else []),
         *([more_operators(inspection, baseline), slower_kernels(inspection, baseline)] if baseline else []),
     ]
     told = [finding for finding in found if finding and _share(finding) >= LEAST_SHARE]
@@ -186,6 +187,23 @@ def channels_off_vector_width(inspection: Inspection) -> Finding | None:
             f"{depth} products each, {most:.0%} empty"
         ),
         remedy=f"Make channels (of each group) a multiple of {LANES}: prune.round_to={LANES}, or fewer, wider groups.",
+    )
+
+
+def same_graph(inspection: Inspection, baseline: Inspection) -> Finding | None:
+    """Nothing that was changed is left in what the runtime executes."""
+    ours, theirs = (
+        Counter((node.kind, out.shape, out.dtype) for node in seen.nodes if (out := seen.output(node)))
+        for seen in (inspection, baseline)
+    )
+    if ours != theirs:
+        return None
+    return Finding(
+        cause="same_graph",
+        share=1.0,
+        evidence=f"after its own rewrites ONNX Runtime executes the same {len(inspection.nodes)} operators as for the "
+        "unoptimised model, on tensors of the same shapes and types",
+        remedy="Nothing to mend: the runtime does by itself what this step does; the steps after it may still need it.",
     )
 
 

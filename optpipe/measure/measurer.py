@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -25,10 +25,12 @@ from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
 from optpipe.progress import say
-from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Sustained
+from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Roofline, Sustained
 from optpipe.runtimes import RUNTIMES
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
+
+T = TypeVar("T")
 
 SAMPLES = "samples"
 QUALITY = "quality"
@@ -168,9 +170,7 @@ class Measurer:
             except MeasureError as error:
                 say(f"  what {folder.name} is slow at could not be found out: {error}")
                 return measurement
-            latency = measurement.headline()
-            disappoints = latency is not None and latency.verdict_same_runtime != "faster"
-            findings = explain.explain(seen, baseline) if disappoints else []
+            findings = [] if timed.verdict_same_runtime == "faster" else explain.explain(seen, baseline)
             return replace(measurement, findings=findings, operators=explain.operators(seen))
 
     def final(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
@@ -180,17 +180,20 @@ class Measurer:
             return measurement
         with self._clock():
             contender, _ = self._contender(model, folder, self.target.threads)
-            energy = self._energy(contender)
-            if self.target.runtime != "onnxruntime":
-                reason = NotMeasured(f"{self.target.runtime} does not show the graph that it executes")
-                return replace(measurement, energy_joules=energy, roofline=reason)
-            try:
-                found = roofline.roofline(self._inspected(contender.folder), roofline.peaks(self.target.threads))
-                if self.settings.profile:
-                    self._profile(contender)
-            except MeasureError as error:
-                return replace(measurement, energy_joules=energy, roofline=NotMeasured(str(error)))
-            return replace(measurement, energy_joules=energy, roofline=found)
+            if self.settings.profile and isinstance(lost := _or_reason(lambda: self._profile(contender)), NotMeasured):
+                say(f"  no profile: {lost.not_measured}")
+            return replace(
+                measurement,
+                energy_joules=_or_reason(lambda: self._energy(contender)),
+                roofline=_or_reason(lambda: self._roofline(contender)),
+            )
+
+    def _roofline(self, contender: Contender) -> Roofline | NotMeasured:
+        if not self.settings.explain:
+            return NotMeasured("measure.explain=false")
+        if contender.runtime != "onnxruntime":
+            return NotMeasured(f"{contender.runtime} does not show the graph that it executes")
+        return roofline.roofline(self._inspected(contender.folder), roofline.peaks(contender.threads))
 
     def _energy(self, contender: Contender) -> float | NotMeasured:
         """Joules of a call at batch 1."""
@@ -202,8 +205,8 @@ class Measurer:
         """Leave traces of the result, the exported baseline and the eager baseline in the run's folder."""
         folder, threads = self._run_folder / PROFILE, self.target.threads
         folder.mkdir(exist_ok=True)
-        files = {"final_onnxruntime.json": contender.folder}
-        if not isinstance(self._baseline_exported, NotMeasured):
+        files = {"final_onnxruntime.json": contender.folder} if contender.runtime == "onnxruntime" else {}
+        if files and not isinstance(self._baseline_exported, NotMeasured):
             files["baseline_onnxruntime.json"] = self._baseline_exported
         for name, model in files.items():
             inspect(model / "model.onnx", self._inputs(1), threads, profile=folder / name)
@@ -387,6 +390,14 @@ class Measurer:
             yield
         finally:
             self.seconds += time.perf_counter() - begin
+
+
+def _or_reason(figure: Callable[[], T]) -> T | NotMeasured:
+    """What `figure` gives, or why it cannot be measured."""
+    try:
+        return figure()
+    except MeasureError as error:
+        return NotMeasured(str(error))
 
 
 def _named(inputs: Inputs) -> dict[str, Any]:

@@ -18,6 +18,7 @@ class Measure:
     margin: float = 0.02  # ratios closer to 1 than this are `same`
     timeout_seconds: float = 120.0  # a worker that is silent for longer is killed
     previews: bool = True  # measure steps before the export too, each as a file exported only for that
+    explain: bool = True  # look into what the runtime executes: causes, operators, roofline
     profile: bool = False  # keep the runtime's and torch's profiles of the final model and the baseline
 
     def __post_init__(self) -> None:
