@@ -184,7 +184,7 @@ def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path) -
         measurement = measurer.measure(model, folder)
         explained = measurer.explained(measurement, model, folder)
         assert measurer.explained(untimed, model, folder) == untimed  # runs in PyTorch, which has no such profile
-    assert causes(explained.findings)[0] == "call_overhead"
+    assert causes(explained.findings)[:2] == ["same_graph", "call_overhead"]  # nothing was done to it, and it is tiny
     assert [operator.ms for operator in explained.operators] == sorted(
         (operator.ms for operator in explained.operators), reverse=True
     )

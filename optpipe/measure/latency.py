@@ -271,5 +271,6 @@ def _load(
 ) -> tuple[float, list[float]]:
     """Load the model and warm it up on every batch: milliseconds of loading, and of the first call on each."""
     answer = worker.ask("load", folder=str(contender.folder), threads=contender.threads, cores=list(cores))
+    worker.nursery.imports(answer["modules"])
     load = answer["load_ms"]
     return load, [worker.ask("warm_up", inputs=str(batch))["first_call_ms"] for batch in batches]

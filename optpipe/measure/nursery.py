@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class Nursery:
         self.runtime = runtime
         self._log_folder = log_folder
         self._number = 0
+        self._imported: set[str] = set()
         log_folder.mkdir(parents=True, exist_ok=True)
         self._control, theirs = socket.socketpair()
         with theirs, (log_folder / f"{runtime}.log").open("wb") as log:
@@ -54,6 +56,13 @@ class Nursery:
             socket.send_fds(self._control, [b"{}"], [theirs.fileno(), file.fileno()])
             pid = int(self._answer()["pid"])
         return Worker(self, pid, ours, log, timeout_seconds)
+
+    def imports(self, modules: Sequence[str]) -> None:
+        """Have modules imported that models need: 40 processes that each import a library would take a minute."""
+        if new := sorted(set(modules) - self._imported):
+            self._imported |= set(new)
+            self._control.sendall(json.dumps({"import": new}).encode())
+            self._answer()
 
     def reap(self, pid: int) -> int:
         """End the worker `pid`; its exit code."""
@@ -90,7 +99,7 @@ class Worker:
     def __init__(self, nursery: Nursery, pid: int, channel: socket.socket, log: Path, timeout_seconds: float) -> None:
         self.peak_memory_bytes = 0
         self.cpu_seconds = 0.0
-        self._nursery, self._pid, self._log, self._timeout_seconds = nursery, pid, log, timeout_seconds
+        self.nursery, self._pid, self._log, self._timeout_seconds = nursery, pid, log, timeout_seconds
         channel.settimeout(timeout_seconds)
         self._channel = channel
         self._lines = channel.makefile("rwb")
@@ -119,7 +128,7 @@ class Worker:
             self._channel.close()
             with contextlib.suppress(OSError):  # a line that was not sent to one that has died
                 self._lines.close()
-            self._exit_code = self._nursery.reap(self._pid)
+            self._exit_code = self.nursery.reap(self._pid)
             if not self._log.stat().st_size:
                 self._log.unlink()
         return self._exit_code
@@ -127,7 +136,7 @@ class Worker:
     def _failure(self, what: str) -> MeasureError:
         code = self.close()
         return MeasureError(
-            f"the process that timed the model in {self._nursery.runtime} {what} (exit code {code}); "
+            f"the process that timed the model in {self.nursery.runtime} {what} (exit code {code}); "
             f"its last words: {last_words(self._log)}"
         )
 

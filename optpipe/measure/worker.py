@@ -7,7 +7,9 @@ the socket whose number it was given, each child over a socket of its own. What 
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 import random
@@ -33,7 +35,10 @@ LINE_BYTES = 65536
 
 
 def main() -> None:
-    """Fork a child for each request that brings a socket and a log; end and reap one for {"reap": pid}."""
+    """Fork a child for each request that brings a socket and a log; end and reap one for {"reap": pid}.
+
+    {"import": [name]} has modules imported that the next children need.
+    """
     engine = runtime(sys.argv[1])
     form(RUNTIMES[engine.NAME])  # imported before the first fork
     control = socket.socket(fileno=int(sys.argv[2]))
@@ -48,6 +53,9 @@ def main() -> None:
             pid = _fork(engine, control, *files)
             children.add(pid)
             answer = {"pid": pid}
+        elif modules := json.loads(text).get("import"):
+            _import(modules)
+            answer = {}
         else:
             pid = json.loads(text)["reap"]
             children.remove(pid)
@@ -55,6 +63,14 @@ def main() -> None:
         control.sendall(json.dumps(answer).encode() + b"\n")
     for pid in children:  # the parent has ended without closing them
         os.kill(pid, signal.SIGKILL)
+
+
+def _import(modules: list[str]) -> None:
+    """Import what models need to be loaded, so that not every child has to."""
+    for module in modules:
+        with contextlib.suppress(Exception):  # a child that needs it says what is wrong with it
+            importlib.import_module(module)
+    gc.freeze()
 
 
 def _fork(engine: Runtime, control: socket.socket, channel: int, log: int) -> int:
@@ -111,12 +127,18 @@ class Timer:
             gc.collect()
 
     def load(self, folder: str, threads: int, cores: list[int]) -> dict[str, Any]:
-        """Load the model saved in `folder`, to run on `cores`, or where the scheduler puts it if there are none."""
+        """Load the model saved in `folder`, to run on `cores`, or where the scheduler puts it if there are none.
+
+        modules: where the classes of its parts were defined.
+        """
         if cores:
             os.sched_setaffinity(0, cores)  # inherited by the threads that the runtime starts
         begin = time.perf_counter_ns()
-        self._run = self._engine.runner(form(RUNTIMES[self._engine.NAME]).load(Path(folder)), threads)
-        return {"load_ms": (time.perf_counter_ns() - begin) / 1e6}
+        model = form(RUNTIMES[self._engine.NAME]).load(Path(folder))
+        self._run = self._engine.runner(model, threads)
+        load = (time.perf_counter_ns() - begin) / 1e6
+        parts = model.modules() if hasattr(model, "modules") else ()
+        return {"load_ms": load, "modules": sorted({type(part).__module__ for part in parts})}
 
     def warm_up(self, inputs: str) -> dict[str, Any]:
         """Call until the time of a call has settled; the first call's time."""

@@ -85,7 +85,7 @@ class Latency:
     verdict_same_runtime: Verdict | NotMeasured
     calls: int  # timed
     replicas: int  # fresh processes that they were timed in
-    load_ms: float  # of the saved model, into a process whose runtime is imported
+    load_ms: float  # of the saved model, into a process whose runtime and classes are imported
     first_call_ms: float
     preview: bool = False  # of a file exported only to be measured
     other_load_cores: float = 0.0  # cores that other processes of the machine kept busy meanwhile
