@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +200,9 @@ def _measured(run: Run, team: list[Contender], batch_sizes: list[int]) -> list[C
     batches = [run.folder / "00_baseline" / f"inputs_{size}.npz" for size in batch_sizes]
     if missing := [batch for batch in batches if not batch.exists()]:
         raise OptpipeError(f"{missing[0]} is missing; without the inputs that were timed nothing can be timed again")
-    with tempfile.TemporaryDirectory() as logs, Bench(Measure(**run.config["measure"]), Path(logs)) as bench:
+    settings = Measure(**run.config["measure"])
+    settings = replace(settings, replicas=max(settings.replicas, Measure.replicas))  # a quick run's doubt is no excuse
+    with tempfile.TemporaryDirectory() as logs, Bench(settings, Path(logs)) as bench:
         return bench.compare(team, batches)
 
 

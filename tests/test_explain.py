@@ -168,18 +168,26 @@ def test_layouts_and_threads() -> None:
     assert explain.thread_oversubscription(graph("Conv"), cores=2) is None
 
 
-def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path) -> None:
+@pytest.fixture
+def small_task() -> Task:
     data = [(torch.randn(4, 8), torch.zeros(4, dtype=torch.long))]
-    task = Task(
+    return Task(
         train=data, validation=data, calibration=data, test=data, example_inputs=data[0][0], metric=top1_accuracy()
     )
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path, small_task: Task) -> None:
+    model = small_model()
     settings = Measure(replicas=2, rounds=1, block_seconds=0.001, max_seconds=0.1, noise_limit=1000.0)
     folder = tmp_path / "01_same"
     for made in (folder, tmp_path / "00_baseline"):
         made.mkdir()
     with Bench(settings, tmp_path / "logs") as bench:
-        measurer = Measurer(task, Target(), settings, tmp_path, bench)
+        measurer = Measurer(small_task, Target(), settings, tmp_path, bench)
         untimed = measurer.baseline(model)
         measurement = measurer.measure(model, folder)
         explained = measurer.explained(measurement, model, folder)
@@ -189,3 +197,14 @@ def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path) -
         (operator.ms for operator in explained.operators), reverse=True
     )
     assert sum(operator.share for operator in explained.operators) == pytest.approx(1)
+
+
+def test_noise_takes_the_times_but_not_the_memory(tmp_path: Path, small_task: Task) -> None:
+    settings = Measure(
+        replicas=2, rounds=1, block_seconds=0.001, max_seconds=0.1, interval_width=1e-9, noise_limit=1e-9
+    )
+    (tmp_path / "00_baseline").mkdir()
+    with Bench(settings, tmp_path / "logs") as bench:
+        baseline = Measurer(small_task, Target(), settings, tmp_path, bench).baseline(small_model())
+    assert isinstance(baseline.latency, NotMeasured) and "the machine is too noisy" in baseline.latency.not_measured
+    assert isinstance(baseline.peak_memory_bytes, int) and baseline.peak_memory_bytes > baseline.size_bytes > 0

@@ -22,6 +22,7 @@ def test_the_outside_recipe_runs_from_its_folder(optpipe: Any, project: Path) ->
         "my_conf",
         "+recipe=clip_int8",
         "measure=quick",
+        "measure.noise_limit=1000",
         "clip.limit=0.2",
         "target.threads=1",
         "target.batch_sizes=[1,2]",
@@ -53,7 +54,12 @@ def test_a_state_dict_in_a_pt_file_works_too(project: Path) -> None:
 def test_one_call_from_python(project: Path) -> None:
     model, task = my_network.train(project / "w.safetensors"), my_network.pixels()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    overrides = ["measure=quick", "tracking=none", "pipeline=[simplify,quantize,trace,export]"]
+    overrides = [
+        "measure=quick",
+        "measure.noise_limit=1000",
+        "tracking=none",
+        "pipeline=[simplify,quantize,trace,export]",
+    ]
     result = package.optimize(model, task, recipe="edge_int8", overrides=overrides)
     assert result.size_reduction > 1 and result.latency.p50_ms > 0
     assert result.report.status == "ok" and (result.folder / "report.json").exists()

@@ -44,8 +44,17 @@ NAMES = ("eager", "exported")  # of the baseline's two contenders
 class Timed:
     """What one comparison said of one contender."""
 
-    latency: Latency
-    peak_memory_bytes: int
+    latency: Latency | NotMeasured
+    peak_memory_bytes: int | NotMeasured
+
+    @classmethod
+    def nothing(cls, reason: str) -> Timed:
+        """Of a contender that could not be run."""
+        return cls(NotMeasured(reason), NotMeasured(reason))
+
+    def latencies(self, *, preview: bool = False) -> list[Latency] | NotMeasured:
+        """Of a report's measurement."""
+        return self.latency if isinstance(self.latency, NotMeasured) else [replace(self.latency, preview=preview)]
 
 
 class Measurer:
@@ -81,18 +90,19 @@ class Measurer:
                 self._baseline_exported = exported
             except StageError as error:
                 self._baseline_exported = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
-            timed = self._baseline_against_itself()
+            eager, *others = self._baseline_against_itself()
+            timed = [entry.latency for entry in (eager, *others)]
+            lost = next((latency for latency in timed if isinstance(latency, NotMeasured)), None)
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
                 quality=self._quality(self._reference["test"]),
-                latency=timed if isinstance(timed, NotMeasured) else [entry.latency for entry in timed],
-                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed[0].peak_memory_bytes,
+                latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
+                peak_memory_bytes=eager.peak_memory_bytes,
             )
 
     def measure(self, model: Any, folder: Path) -> Measurement:
         """Figures of `model`, whose form was saved to `folder`; size and latency of a preview if it is no file yet."""
         with self._clock():
-            timed: Timed | NotMeasured
             size: int | NotMeasured
             preview = False
             try:
@@ -102,12 +112,13 @@ class Measurer:
                 (timed,) = self._time(contender, [1], folder.name)
                 size = form(RUNTIMES[contender.runtime]).size_bytes(contender.folder)
             except StageError as error:
-                timed = size = NotMeasured(f"no preview of this model was exported: {error}")
+                timed = Timed.nothing(f"no preview of this model was exported: {error}")
+                size = NotMeasured(f"no preview of this model was exported: {error}")
             return Measurement(
                 size_bytes=size,
                 quality=self._quality(self._predict(model, "test")),
-                latency=timed if isinstance(timed, NotMeasured) else [replace(timed.latency, preview=preview)],
-                peak_memory_bytes=timed if isinstance(timed, NotMeasured) else timed.peak_memory_bytes,
+                latency=timed.latencies(preview=preview),
+                peak_memory_bytes=timed.peak_memory_bytes,
             )
 
     def validation(self, model: Any) -> Predictions:
@@ -137,8 +148,8 @@ class Measurer:
             for count in threads:
                 contender, preview = self._saved(model, folder, count)
                 for size, timed in zip(batch_sizes, self._time(contender, batch_sizes, folder.name), strict=True):
-                    if isinstance(timed, NotMeasured):
-                        found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.not_measured}"))
+                    if isinstance(timed.latency, NotMeasured):
+                        found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.latency.not_measured}"))
                     else:
                         found.append(replace(timed.latency, preview=preview))
             return found
@@ -276,55 +287,55 @@ class Measurer:
             return [eager]
         return [eager, Contender(self._baseline_exported, self.target.runtime, threads)]
 
-    def _baseline_against_itself(self) -> list[Timed] | NotMeasured:
+    def _baseline_against_itself(self) -> list[Timed]:
         """Each reference beside another process of the same: the noise floor of the run."""
         if not self.target.is_host:
-            return NotMeasured(self.target.elsewhere())
+            return [Timed.nothing(self.target.elsewhere())]
         references = self._references(self.target.threads)
         team = [*references, *references]
         try:
             (comparison,) = self._bench.compare(team, [self._inputs(1)], "timing the baseline")
         except MeasureError as error:
-            return NotMeasured(str(error))
+            return [Timed.nothing(str(error))]
         names = [f"{name}{twin}" for twin in ("", "_twin") for name in NAMES[: len(references)]]
         comparison.save(self._run_folder / SAMPLES / "00_baseline_b1.npz", names)
-        if comparison.problem:
-            return NotMeasured(comparison.problem)
         twins = list(range(len(references), len(team)))
         return [self._summary(comparison, i, twins, 1, "00_baseline_b1") for i in range(len(references))]
 
-    def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed | NotMeasured]:
+    def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
         """Time one contender on some batches, unless one with the same bytes was timed in this run."""
         if not self.target.is_host:
-            return [NotMeasured(self.target.elsewhere())] * len(batch_sizes)
+            return [Timed.nothing(self.target.elsewhere())] * len(batch_sizes)
         what = (_file_hash(subject), subject.runtime, subject.threads)
         missing = [size for size in batch_sizes if (*what, size) not in self._timed]
-        found: dict[int, Timed | NotMeasured] = {}
+        found: dict[int, Timed] = {}
         if missing:
             found.update(zip(missing, self._compare(subject, missing, name), strict=True))
-            self._timed.update({(*what, size): timed for size, timed in found.items() if isinstance(timed, Timed)})
+            good = {size: timed for size, timed in found.items() if isinstance(timed.latency, Latency)}
+            self._timed.update({(*what, size): timed for size, timed in good.items()})
         return [found[size] if size in found else self._timed[(*what, size)] for size in batch_sizes]
 
-    def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed | NotMeasured]:
+    def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
         team = [subject, *self._references(subject.threads)]
         try:
             comparisons = self._bench.compare(team, [self._inputs(size) for size in batch_sizes], f"timing {name}")
         except MeasureError as error:
             if len(batch_sizes) == 1:
-                return [NotMeasured(str(error))]
+                return [Timed.nothing(str(error))]
             return [timed for size in batch_sizes for timed in self._compare(subject, [size], name)]
-        found: list[Timed | NotMeasured] = []
+        found = []
         for size, comparison in zip(batch_sizes, comparisons, strict=True):
             file = f"{name}_b{size}_t{subject.threads}"
             comparison.save(self._run_folder / SAMPLES / f"{file}.npz", ["subject", *NAMES[: len(team) - 1]])
-            timed = self._summary(comparison, 0, list(range(1, len(team))), size, file)
-            found.append(NotMeasured(comparison.problem) if comparison.problem else timed)
+            found.append(self._summary(comparison, 0, list(range(1, len(team))), size, file))
         return found
 
     def _summary(
         self, comparison: Comparison, subject: int, references: list[int], batch_size: int, file: str
     ) -> Timed:
         """`references`: the index of the eager baseline and, unless it has none, that of the exported one."""
+        if comparison.problem:
+            return Timed(NotMeasured(comparison.problem), comparison.peak_memory_bytes[subject])
         times = comparison.milliseconds(subject)
         p50, p95, p99 = np.percentile(times, [50, 95, 99])
         speedup, *others = (comparison.ratio(subject, reference) for reference in references)
