@@ -13,7 +13,11 @@ import optpipe
 from optpipe.budget import Budget, Estimate, Policy, estimates, judge
 from optpipe.report import Latency, Measurement, NotMeasured, Report
 
-SPOILS = ("clip.limit=0.001", "budget.quality_drop=0.05")  # all weights nearly alike: digits by chance
+SPOILS = (
+    "clip.limit=0.001",
+    "budget.quality_drop=0.05",
+    "measure.previews=false",
+)  # all weights nearly alike: digits by chance
 RELAX = "relax={clip: [{limit: 0.002}, {limit: 2.0}]}"
 PIPELINE = "pipeline=[simplify,clip,quantize,trace,export]"
 
@@ -85,7 +89,12 @@ def test_relax_rolls_back_where_nothing_milder_helps(project: Path) -> None:
 
 
 def test_relax_goes_back_past_steps_that_have_nothing_milder(project: Path) -> None:
-    words = (SPOILS[0], "+budget.stages.quantize.quality_drop=0.05", "budget.policy=relax")
+    words = (
+        "clip.limit=0.001",
+        "measure.previews=false",
+        "+budget.stages.quantize.quality_drop=0.05",
+        "budget.policy=relax",
+    )
     report = run(project, *words, "relax={clip: [{limit: 2.0}]}", PIPELINE)
     assert report.status == "ok"
     assert [attempt.ok for attempt in report.stages[1].attempts] == [False, True]

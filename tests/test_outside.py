@@ -26,8 +26,10 @@ def test_the_outside_recipe_runs_from_its_folder(optpipe: Any, project: Path) ->
         "clip.limit=0.2",
         "target.threads=1",
         "target.batch_sizes=[1,2]",
+        "budget.size_bytes=10",
     )
-    assert done.code == 0, done.err
+    assert done.code == 0, done.err  # the policy is warn
+    assert "over budget: size_bytes is" in done.err
     clip = next(stage for stage in done.report["stages"] if stage["key"] == "clip")
     assert clip["stage"] == "clip/weights" and clip["status"] == "ok" and clip["facts"]["clipped"] > 0
     assert "clip/weights" in done.out
