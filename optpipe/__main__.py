@@ -77,7 +77,7 @@ def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | N
         again = command.again(overrides)
         plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject, command=again)
         report = execute.execute(plan, folder, started)
-        outcome["code"] = _show(report, folder)
+        outcome["code"] = max(outcome["code"], _show(report, folder))  # of a sweep, the worst
         return None
     except (OptpipeError, OSError) as error:
         log.exception("the run failed")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from optpipe import manifest, parity
-from optpipe.budget import Estimate, Policy, estimates, judge
+from optpipe.budget import AT_LEAST, Estimate, Policy, estimates, judge
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
@@ -169,6 +169,14 @@ class Loop:
         self.broken += [f"after '{entry.key}', {check.said}" for check in broken if check.limit in own]
         say(f"  over budget: {said}")
 
+    def _checks_of(self, choice: Choice, state: State) -> list[Check]:
+        """All limits of the run, and those on `choice`, on one of its branches."""
+        limits = self.plan.budget.limits()
+        for name, allowed in self.plan.budget.of_step(choice.key).items():
+            stricter = max if name in AT_LEAST else min
+            limits[name] = stricter(allowed, limits.get(name, allowed))
+        return self._checks(limits, state, choice.key)
+
     def _checks(self, limits: dict[str, float], state: State, where: str) -> list[Check]:
         if not limits:
             return []
@@ -315,9 +323,13 @@ class Loop:
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
-        """The first branch that runs inside the budget, or the fastest of all that do."""
+        """The first branch that runs inside the budget, or the fastest of all that do.
+
+        Where every branch breaks a limit on anything but quality, the first, or the fastest, of those that keep their
+        quality goes on: later steps may still make it hold, and the run's end says whether they did.
+        """
         attempts: list[Attempt] = []
-        done: list[tuple[float, State, list[StageResult]]] = []
+        done: list[tuple[bool, float, State, list[StageResult]]] = []
         tried: list[StageResult] = []
         kept = len(self.report.stages)
         for number, branch in enumerate(choice.branches, 1):
@@ -326,25 +338,27 @@ class Loop:
             try:
                 for step in branch:
                     state = self._step(step, state, self._dir(choice) / f"{number}_{step.key}")
-                limit = self.plan.budget.quality_drop
-                checks = self._checks({} if limit is None else {"quality_drop": limit}, state, choice.key)
-                broken = [check.said for check in checks if not check.holds]
+                checks = [check for check in self._checks_of(choice, state) if not check.holds]
+                broken = [check.said for check in checks if check.limit == "quality_drop"]
+                wished = [check.said for check in checks if check.limit != "quality_drop"]  # a later step may help
             except StageError as error:
-                broken = [str(error)]
+                broken, wished = [str(error)], []
             latency = state.measurement.headline()
-            attempts.append(Attempt(method=method, ok=not broken, reason="; ".join(broken) or _figures(state)))
+            attempts.append(
+                Attempt(method=method, ok=not broken, reason="; ".join(broken or [_figures(state), *wished]))
+            )
             results = self.report.stages[kept:]
             del self.report.stages[kept:]
             tried += results
             if not broken:
-                done.append((latency.speedup if latency else 0.0, state, results))
-                if choice.how == "first_of":
+                done.append((not wished, latency.speedup if latency else 0.0, state, results))
+                if choice.how == "first_of" and not wished:
                     break
         if not done:
             self.report.stages.extend(tried)
             reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
             raise StageError(f"no alternative of {choice.how} worked: {reasons}")
-        _, state, results = max(done, key=lambda item: item[0])
+        *_, state, results = max(done, key=lambda item: item[: 1 if choice.how == "first_of" else 2])
         results[0].attempts = attempts
         self.report.stages.extend(results)
         return replace(state, results=len(self.report.stages))
@@ -352,19 +366,18 @@ class Loop:
     def _finish(self, state: State) -> None:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
         artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
-        measurement = self.measurer.final(state.measurement, state.model, state.folder)
+        measurement = self.measurer.final(state.measurement, state.model, folder)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
         self.measurer.save_quality(state.model)
+        checks = self._checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
+        self.report.budget.checks += checks
+        self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]
         for result in self.report.stages:
             if result.key in self.tries:
                 settings = self.plan.relax[result.key][len(self.tries[result.key]) - 1].settings
-                ok = result.status != "rolled_back"
-                result.attempts.append(
-                    Attempt(method=settings, ok=ok, reason="inside the budget" if ok else result.notes[-1])
-                )
-        checks = self._checks(self.plan.budget.limits(), state, "run")
-        self.report.budget.checks += checks
-        self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]
+                problems = result.notes[-1:] if result.status == "rolled_back" else self.report.budget.violations
+                reason = "; ".join(problems) or "inside the budget"
+                result.attempts.append(Attempt(method=settings, ok=not problems, reason=reason))
         self.report.status = "over_budget" if self.report.budget.violations else "ok"
 
     def _dir(self, entry: Entry) -> Path:

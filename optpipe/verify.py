@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 EXIT_PROBLEM = 1
+MAX_DROP_POINTS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Run:
             raise OptpipeError(f"{self.folder} holds no report.json; name the folder of a run") from None
         except ValueError as error:
             raise OptpipeError(f"{self.folder / 'report.json'} cannot be read: {error}") from None
-        if isinstance(self.report.final, NotMeasured):
+        if isinstance(self.report.final, NotMeasured) or self.report.status == "failed":
             raise OptpipeError(f"{self.folder} holds no finished run: {self.report.error or 'it has no final model'}")
         self.manifest = manifest.read(self.folder)
         self.config = read_config(self.folder)
@@ -157,8 +158,13 @@ def _quality_again(run: Run) -> list[Finding]:
     if task.fingerprint != (run.report.data_fingerprint or None):
         return [Finding(what, said, "not measured", "the data is not that of the run", False)]
     now = run.predictions(task)
+    if now.n != recorded.n:
+        return [Finding(what, said, f"{now.value:.4f} on {now.n}", "not the samples of the run", False)]
     inside = recorded.ci95[0] <= now.value <= recorded.ci95[1]
-    return [Finding(what, said, f"{now.value:.4f}", "inside" if inside else "outside", inside)]
+    verdict = "inside" if inside else "outside"
+    if task.fingerprint is None:
+        verdict += "; the task has no fingerprint, so its data may be other data than the run's"
+    return [Finding(what, said, f"{now.value:.4f}", verdict, inside)]
 
 
 def _latency_again(run: Run) -> list[Finding]:
@@ -214,8 +220,13 @@ def _speedups_again(run: Run, entry: Latency, comparison: Comparison) -> list[Fi
         return [Finding(f"speed-up, {what}", f"{entry.speedup:.2f}", "not measured", comparison.problem, False)]
     found = [_ratio_again(f"speed-up, {what}", entry.speedup, entry.speedup_ci95, comparison.ratio(0, 1), run)]
     same, interval = entry.speedup_same_runtime, entry.speedup_same_runtime_ci95
-    if len(comparison.team) > 2 and not isinstance(same, NotMeasured) and not isinstance(interval, NotMeasured):
+    if isinstance(same, NotMeasured) or isinstance(interval, NotMeasured) or entry.runtime == "torch":
+        return found
+    if len(comparison.team) > 2:
         found.append(_ratio_again(f"in the same runtime, {what}", same, interval, comparison.ratio(0, 2), run))
+    else:
+        reason = "the exported baseline is missing from 00_baseline/exported"
+        found.append(Finding(f"in the same runtime, {what}", f"{same:.2f}", "not measured", reason, False))
     return found
 
 
@@ -234,7 +245,7 @@ def _ratio_again(what: str, value: float, ci95: tuple[float, float], now: Ratio,
     return Finding(what, recorded, shown, verdict, overlap)
 
 
-def against(run: Run, other: Run, max_slowdown: float, max_drop: float) -> list[Finding]:
+def against(run: Run, other: Run, max_slowdown: float, max_drop: float | None) -> list[Finding]:
     """Whether `run` is slower or worse than `other` by more than is allowed, both measured now, side by side."""
     found = [*files(run), *files(other)]
     if all(finding.ok for finding in found):
@@ -258,12 +269,16 @@ def _slowdown(run: Run, other: Run, allowed: float) -> Finding:
     return Finding(what, limit, f"{ratio.value - 1:+.1%} [{low:+.1%}, {high:+.1%}]", verdict, ok)
 
 
-def _drop(run: Run, other: Run, allowed: float) -> Finding:
+def _drop(run: Run, other: Run, allowed: float | None) -> Finding:
     from optpipe.measure import quality
 
     task = run.task()
     ours, theirs = run.predictions(task), other.predictions(task)
     scale, unit = (100, " points") if task.metric.unit == "fraction" else (1, "")
+    if allowed is None:
+        if task.metric.unit != "fraction":
+            raise OptpipeError(f"metric '{task.metric.name}' is no share; give --max-drop in its own unit")
+        allowed = MAX_DROP_POINTS
     lost = quality.drop(ours, theirs) * scale
     low, high = (edge * scale for edge in quality.drop_interval(ours, theirs))
     ok = lost <= allowed
@@ -321,7 +336,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-slowdown", type=_share, default=0.05, metavar="5%", help="with --against, of a call (default 5%%)"
     )
     parser.add_argument(
-        "--max-drop", type=float, default=0.5, metavar="0.5", help="with --against, of quality, in points (default 0.5)"
+        "--max-drop",
+        type=float,
+        metavar="0.5",
+        help="with --against, of quality: in points (default 0.5), or in the metric's own unit if it is no share",
     )
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the findings as JUnit XML too")
     return parser
@@ -330,9 +348,12 @@ def _parser() -> argparse.ArgumentParser:
 def _share(text: str) -> float:
     """ "5%" or "0.05"."""
     try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no share; give 5% or 0.05") from None
+    if not text.endswith("%") and not -1 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is {share:.0%}; give 5% or 0.05")
+    return share
 
 
 if __name__ == "__main__":

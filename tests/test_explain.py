@@ -199,6 +199,22 @@ def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path, s
     assert sum(operator.share for operator in explained.operators) == pytest.approx(1)
 
 
+def test_figures_belong_to_the_model_not_to_its_folder(tmp_path: Path, small_task: Task) -> None:
+    settings = Measure(replicas=2, rounds=1, block_seconds=0.001, max_seconds=0.1, noise_limit=1000.0, explain=False)
+    folder = tmp_path / "01_wide"
+    for made in (folder, tmp_path / "00_baseline"):
+        made.mkdir()
+    wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 2)).eval()
+    with Bench(settings, tmp_path / "logs") as bench:
+        measurer = Measurer(small_task, Target(), settings, tmp_path, bench)
+        measurer.baseline(small_model())
+        small, large = measurer.measure(small_model(), folder), measurer.measure(wide, folder)
+        assert measurer.explained(small, small_model(), folder) == small  # nobody asked
+    assert isinstance(small.size_bytes, int) and isinstance(large.size_bytes, int)
+    assert large.size_bytes > 10 * small.size_bytes
+    assert small.latency != large.latency
+
+
 def test_noise_takes_the_times_but_not_the_memory(tmp_path: Path, small_task: Task) -> None:
     settings = Measure(
         replicas=2, rounds=1, block_seconds=0.001, max_seconds=0.1, interval_width=1e-9, noise_limit=1e-9

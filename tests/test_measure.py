@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,20 @@ def test_a_worker_that_hangs_is_killed(tmp_path: Path, batch: Path) -> None:
         pytest.raises(MeasureError, match="silent for 3 s and was killed"),
     ):
         bench.compare([asleep], [batch])
+
+
+def test_a_nursery_that_was_killed_is_one_comparison_lost(tmp_path: Path, batch: Path) -> None:
+    model = contender(tmp_path / "model", nn.Linear(512, 512))
+    with Bench(QUICK, tmp_path / "logs") as bench:
+        bench.compare([model], [batch])
+        killed = bench._nursery("torch")
+        worker = killed.worker(10)
+        os.kill(killed._process.pid, signal.SIGKILL)
+        killed._process.wait()
+        with pytest.raises(MeasureError, match="the process that times models in torch died"):
+            worker.close()
+        (comparison,) = bench.compare([model], [batch])
+    assert len(comparison.blocks) >= QUICK.replicas
 
 
 def test_the_parent_sleeps_while_a_worker_measures(tmp_path: Path, batch: Path) -> None:

@@ -64,6 +64,27 @@ def test_best_of_tries_them_all_each_on_a_model_of_its_own(project: Path) -> Non
     assert report.status == "ok"
 
 
+@pytest.mark.parametrize("how", ["first_of", "best_of"])
+def test_alternatives_are_judged_by_every_limit(project: Path, how: str) -> None:
+    limits = ("budget.quality_drop=0.9", "budget.size_bytes=9000")  # what holds in int8 only
+    report = run(project, *limits, f"pipeline=[{{{how}:[clip,quantize]}},trace,export]")
+    assert report.status == "ok" and report.stages[0].key == "quantize"
+    clipped = report.stages[0].attempts[0]
+    assert clipped.method == "clip" and "above the limit of 9000" in clipped.reason
+
+
+def test_a_limit_that_no_alternative_holds_is_left_to_later_steps(project: Path) -> None:
+    report = run(project, "budget.size_bytes=9000", "pipeline=[{first_of:[clip,simplify]},quantize,trace,export]")
+    assert report.status == "ok" and report.stages[0].key == "clip"
+
+
+def test_what_the_target_does_not_run_has_no_figures_there(project: Path) -> None:
+    report = run(project, "pipeline=[quantize,trace]")
+    final, preview = report.final.measurement, report.stages[-1].measurement
+    assert "the pipeline ends with form 'program'" in final.latency.not_measured
+    assert final.size_bytes == (project / "run" / "model" / "program.pt2").stat().st_size != preview.size_bytes
+
+
 def test_no_alternative_that_works_is_an_error_with_every_reason(project: Path) -> None:
     text = refused(
         project, BROKEN, "clip.limit=0.0001", "budget.quality_drop=0.01", "pipeline=[{first_of:[broken,clip]}]"

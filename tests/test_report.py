@@ -17,7 +17,7 @@ import reports
 
 import optpipe
 from optpipe.command import read as command_of
-from optpipe.report import Final, Measurement, NotMeasured, Report
+from optpipe.report import Final, Measurement, NotMeasured, Quality, Report
 from optpipe.report.__main__ import main
 from optpipe.report.compare import compare
 from optpipe.report.page import write_page
@@ -274,6 +274,18 @@ def test_quality_is_paired_on_the_same_data_only(tmp_path: Path) -> None:
     widths = [test.quality.ci95[1] - test.quality.ci95[0] for test in (paired, independent)]
     assert widths[0] < widths[1]
     assert any("pets 2" in said for said in independent.baselines)
+
+
+def test_a_difference_has_the_unit_of_its_metric(tmp_path: Path) -> None:
+    report = reports.full()
+    assert isinstance(report.final, Final) and isinstance(report.final.measurement.quality, Quality)
+    errors = replace(report.final.measurement.quality, metric="mae", unit="value", higher_is_better=False)
+    report.final = replace(report.final, measurement=replace(report.final.measurement, quality=errors))
+    a, b = (reports.write_run(tmp_path / name, report) for name in "ab")
+    for folder in (a, b):
+        reports.write_scores(folder, np.linspace(0.0009, 0.0011, 100))
+    found = compare(read(a), read(b)).quality
+    assert not isinstance(found, NotMeasured) and found.ci95 == pytest.approx((0, 0))
 
 
 def test_a_comparison_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,6 +72,16 @@ def test_a_figure_that_is_not_true_is_found(copied: Path, tmp_path: Path, capsys
     assert failed == ["accuracy on 450 test samples", "speed-up, batch 1, 1 thread(s)"]
 
 
+def test_what_cannot_be_measured_again_does_not_hold(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(copied / "00_baseline" / "exported")
+    edit_report(
+        copied, lambda final: final.update(latency=[wide(final["latency"][0])], quality=final["quality"] | {"n": 9})
+    )
+    assert verify.main([str(copied)]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not the samples of the run" in out and "the exported baseline is missing" in out
+
+
 def test_figures_of_another_machine_are_not_compared(copied: Path, capsys: pytest.CaptureFixture) -> None:
     report = json.loads((copied / "report.json").read_text())
     report["environment"]["cpu"] = "Another Processor"
@@ -106,7 +116,8 @@ def test_what_is_no_finished_run_is_said(copied: Path, damage: Any, words: str, 
     assert words in capsys.readouterr().err
 
 
-def test_words_that_make_no_sense(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("share", ["slow", "5"])
+def test_words_that_make_no_sense(share: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as error:
-        verify.main(["somewhere", "--max-slowdown", "slow"])
+        verify.main(["somewhere", "--max-slowdown", share])
     assert error.value.code == 2 and "give 5% or 0.05" in capsys.readouterr().err

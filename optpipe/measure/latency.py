@@ -20,11 +20,12 @@ from types import TracebackType
 import numpy as np
 
 from optpipe.machine import machine_lock, usable_cores
+from optpipe.measure import energy
 from optpipe.measure.nursery import Nursery, Worker
 from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Floats, Ratio, drift
 from optpipe.progress import stepwise
-from optpipe.report.schema import Callers, Sustained
+from optpipe.report.schema import Callers, NotMeasured, Sustained
 
 CALLERS_SECONDS = 0.25
 SPANS = 6  # that a sustained measurement is told in
@@ -60,7 +61,7 @@ class Comparison:
 
     def medians(self, contender: int) -> Floats:
         """The median time of every block, shape (replicas, rounds)."""
-        return np.asarray([[float(np.median(block)) for block in replica[contender]] for replica in self.blocks])
+        return medians(self.blocks, contender)
 
     def ratio(self, subject: int, reference: int) -> Ratio:
         """How many times faster the subject is than the reference."""
@@ -79,6 +80,20 @@ class Comparison:
             arrays[name] = self.milliseconds(i)
             arrays[f"{name}_replica"] = np.repeat(np.arange(len(counts)), counts)
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def medians(blocks: list[list[list[Floats]]], contender: int) -> Floats:
+    """The median time of every block of one contender, shape (replicas, rounds)."""
+    return np.asarray([[float(np.median(block)) for block in replica[contender]] for replica in blocks])
+
+
+def change_within(blocks: list[list[list[Floats]]]) -> float:
+    """How the time of the first contender, as a share of the last one's, changed from the first rounds to the last."""
+    return drift(medians(blocks, 0) / medians(blocks, len(blocks[0]) - 1))
+
+
+def _is_settled(blocks: list[list[list[Floats]]]) -> bool:
+    return bool(abs(np.log(change_within(blocks))) <= DRIFT)
 
 
 class Bench:
@@ -147,11 +162,13 @@ class Bench:
                 found.append(Callers(callers=count, throughput=throughput, p50_ms=float(p50), p95_ms=float(p95)))
         return found
 
-    def calls(self, contender: Contender, batch: Path, seconds: float) -> int:
-        """Call one model for `seconds`; how often."""
+    def energy(self, contender: Contender, batch: Path, seconds: float) -> float | NotMeasured:
+        """Joules of a call of one model, from calling it for `seconds`; or why they cannot be known."""
         with machine_lock().timing(), closing(self._worker(contender)) as worker:
-            _load(worker, contender, [batch])
-            return len(worker.ask("block", inputs=str(batch), seconds=seconds)["milliseconds"]) + 1
+            _load(worker, contender, [batch])  # neither loading nor waiting for the machine is the model's energy
+            return energy.joules_per_call(
+                lambda: len(worker.ask("block", inputs=str(batch), seconds=seconds)["milliseconds"]) + 1
+            )
 
     def sustained(self, contender: Contender, batch: Path, seconds: float) -> Sustained:
         """One model called without a pause for `seconds`."""
@@ -174,7 +191,16 @@ class Bench:
             comparison.first_call_ms.append([first[i] for _, first in loads])
 
     def _rounds(self, cohort: list[list[Worker]], batch: Path, comparison: Comparison) -> None:
-        """Blocks in turns, from the front and from the back."""
+        """Add the blocks of a cohort; those of models that were still warming up are taken again, once."""
+        blocks = self._turns(cohort, batch)
+        if not _is_settled(blocks):
+            blocks = self._turns(cohort, batch)
+        comparison.blocks += blocks
+        peaks = [[worker.peak_memory_bytes for worker in workers] for workers in cohort]
+        comparison.peak_memory_bytes = [max(of_one) for of_one in zip(*peaks, strict=True)]
+
+    def _turns(self, cohort: list[list[Worker]], batch: Path) -> list[list[list[Floats]]]:
+        """Blocks in turns, from the front and from the back, [replica][contender][round]."""
         blocks: list[list[list[Floats]]] = [[[] for _ in workers] for workers in cohort]
         for number in range(self.settings.rounds):
             for replica, workers in enumerate(cohort):
@@ -182,9 +208,7 @@ class Bench:
                 for i in order:
                     answer = workers[i].ask("block", inputs=str(batch), seconds=self.settings.block_seconds)
                     blocks[replica][i].append(np.asarray(answer["milliseconds"]))
-        comparison.blocks += blocks
-        peaks = [[worker.peak_memory_bytes for worker in workers] for workers in cohort]
-        comparison.peak_memory_bytes = [max(of_one) for of_one in zip(*peaks, strict=True)]
+        return blocks
 
     def _is_enough(self, found: list[Comparison], deadline: float) -> bool:
         if len(found[0].blocks) < self.settings.replicas:
@@ -202,10 +226,10 @@ class Bench:
                 f"{comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or raise "
                 "measure.max_seconds"
             )
-        change = drift(comparison.medians(0) / comparison.medians(len(comparison.team) - 1))
-        if len(comparison.team) > 1 and abs(np.log(change)) > DRIFT:
+        if not _is_settled(comparison.blocks):
             return (
-                f"the model's time does not settle: within {self.settings.rounds} rounds it became {change:.2f} times "
+                f"the model's time does not settle: within {self.settings.rounds} rounds it became "
+                f"{change_within(comparison.blocks):.2f} times "
                 "what it was, in every process; look for state that grows from call to call"
             )
         return ""
@@ -214,6 +238,8 @@ class Bench:
         return self._nursery(contender.runtime).worker(self.settings.timeout_seconds)
 
     def _nursery(self, runtime: str) -> Nursery:
+        if runtime in self._nurseries and self._nurseries[runtime].has_died:
+            self._nurseries.pop(runtime).close()
         if runtime not in self._nurseries:
             self._nurseries[runtime] = Nursery(runtime, self._log_folder)
         return self._nurseries[runtime]

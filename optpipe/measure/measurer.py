@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +100,7 @@ class Measurer:
                 quality=self._quality(self._reference["test"]),
                 latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
                 peak_memory_bytes=eager.peak_memory_bytes,
+                threads=self.target.threads,
             )
 
     def measure(self, model: Any, folder: Path) -> Measurement:
@@ -119,6 +122,7 @@ class Measurer:
                 quality=self._quality(self._predict(model, "test")),
                 latency=timed.latencies(preview=preview),
                 peak_memory_bytes=timed.peak_memory_bytes,
+                threads=self.target.threads,
             )
 
     def validation(self, model: Any) -> Predictions:
@@ -169,10 +173,11 @@ class Measurer:
     def explained(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
         """`measurement` of `model`, saved in `folder`, with the slowest operators and what keeps it from being faster.
 
-        The same where the target's runtime shows no profile of its own, or nothing can be run on this machine.
+        The same with measure.explain=false, where the target's runtime shows no profile of its own, and where nothing
+        can be run on this machine.
         """
         timed = measurement.headline()
-        if timed is None or timed.runtime != "onnxruntime":
+        if timed is None or timed.runtime != "onnxruntime" or not self.settings.explain:
             return measurement
         with self._clock():
             contender, _ = self._contender(model, folder, self.target.threads)
@@ -185,7 +190,19 @@ class Measurer:
             return replace(measurement, findings=findings, operators=explain.operators(seen))
 
     def final(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
-        """`measurement` of the run's result, explained, with its energy and its place below the machine's limits."""
+        """`measurement` of the run's result, deployed in `folder`, explained, with its energy and its roofline.
+
+        A result that the target's runtime does not run has no figures there, whatever those of its previews are.
+        """
+        if not self._is_deployable(model):
+            current = form_of(model)
+            assert current is not None
+            reason = NotMeasured(
+                f"the pipeline ends with form '{current.NAME}', which target.runtime={self.target.runtime} does not "
+                "run; end it with an export, or see the steps for the figures of their previews"
+            )
+            size = current.size_bytes(folder)
+            return replace(measurement, size_bytes=size, latency=reason, peak_memory_bytes=reason)
         measurement = self.explained(measurement, model, folder)
         if measurement.headline() is None:
             return measurement
@@ -209,8 +226,8 @@ class Measurer:
     def _energy(self, contender: Contender) -> float | NotMeasured:
         """Joules of a call at batch 1."""
         if isinstance(counters := energy.domains(), NotMeasured):
-            return counters
-        return energy.joules_per_call(lambda: self._bench.calls(contender, self._inputs(1), ENERGY_SECONDS))
+            return counters  # known without calling anything for a second
+        return self._bench.energy(contender, self._inputs(1), ENERGY_SECONDS)
 
     def _profile(self, contender: Contender) -> None:
         """Leave traces of the result, the exported baseline and the eager baseline in the run's folder."""
@@ -254,10 +271,14 @@ class Measurer:
         """The saved model, or a preview of it, as the target runs it, and whether it is a preview."""
         if self._is_deployable(model):
             return Contender(folder, self.target.runtime, threads), False
-        preview = folder / "preview"
-        if not (preview.exists() and any(preview.iterdir())):
-            preview.mkdir(exist_ok=True)
-            self._lower(model, preview, rewrite=True)
+        current = form_of(model)
+        assert current is not None
+        preview = folder / "preview" / current.content_hash(model)[:16]
+        if not preview.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as partial:
+                self._lower(model, Path(partial), rewrite=True)
+                preview.parent.mkdir(exist_ok=True)
+                shutil.copytree(partial, preview)
         return Contender(preview, self.target.runtime, threads), True
 
     def _is_deployable(self, model: Any) -> bool:
@@ -419,6 +440,9 @@ def _named(inputs: Inputs) -> dict[str, Any]:
 
 
 def _file_hash(contender: Contender) -> str:
-    """Of the bytes that the contender runs; a folder's name where the format is not a file of its own."""
-    file = contender.folder / "model.onnx"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else str(contender.folder)
+    """Of the bytes that the contender runs."""
+    digest = hashlib.sha256()
+    for path in sorted(contender.folder.iterdir()):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from optpipe.errors import OptpipeError
 
 START_SECONDS = 120.0  # an import of a runtime from a cold disk
+END_SECONDS = 2.0  # for a process to end by itself
 
 
 class MeasureError(OptpipeError):
@@ -44,6 +46,11 @@ class Nursery:
         self._control.settimeout(START_SECONDS)
         self._is_ready = False
 
+    @property
+    def has_died(self) -> bool:
+        """Whether the process has ended though nobody closed it."""
+        return self._process.poll() is not None
+
     def worker(self, timeout_seconds: float) -> Worker:
         """A fresh process. Raises MeasureError if the runtime cannot be imported."""
         if not self._is_ready:
@@ -53,42 +60,40 @@ class Nursery:
         log = self._log_folder / f"{self.runtime}_{self._number}.log"
         ours, theirs = socket.socketpair()
         with theirs, log.open("wb") as file:
-            socket.send_fds(self._control, [b"{}"], [theirs.fileno(), file.fileno()])
-            pid = int(self._answer()["pid"])
+            pid = int(self._answer(b"{}", [theirs.fileno(), file.fileno()])["pid"])
         return Worker(self, pid, ours, log, timeout_seconds)
 
     def imports(self, modules: Sequence[str]) -> None:
         """Have modules imported that models need: 40 processes that each import a library would take a minute."""
         if new := sorted(set(modules) - self._imported):
             self._imported |= set(new)
-            self._control.sendall(json.dumps({"import": new}).encode())
-            self._answer()
+            self._answer(json.dumps({"import": new}).encode())
 
     def reap(self, pid: int) -> int:
-        """End the worker `pid`; its exit code."""
-        self._control.sendall(json.dumps({"reap": pid}).encode())
-        return int(self._answer()["exit"])
+        """End the worker `pid`; its exit code. Raises MeasureError if the nursery has died."""
+        return int(self._answer(json.dumps({"reap": pid}).encode())["exit"])
 
     def close(self) -> None:
         """End the process and its workers."""
-        self._control.close()
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._control.close()  # which ends it, and it its workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=END_SECONDS)
+        with contextlib.suppress(ProcessLookupError):  # what hangs, or outlived a nursery that was killed
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, request: bytes = b"", files: Sequence[int] = ()) -> dict[str, Any]:
+        """What the process says to `request`, or first of all."""
         try:
+            if request:
+                socket.send_fds(self._control, [request], list(files))
             line = self._control.recv(4096)
-        except TimeoutError:
+        except OSError:  # a timeout among them
             line = b""
         if not line:
             words = last_words(self._log_folder / f"{self.runtime}.log")
-            raise MeasureError(
-                f"the process that times models in {self.runtime} did not start; its last words: {words}"
-            )
+            did = "died" if self._is_ready else "did not start"
+            raise MeasureError(f"the process that times models in {self.runtime} {did}; its last words: {words}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -128,6 +133,7 @@ class Worker:
             self._channel.close()
             with contextlib.suppress(OSError):  # a line that was not sent to one that has died
                 self._lines.close()
+            self._exit_code = -signal.SIGKILL  # with the nursery, if that has died
             self._exit_code = self.nursery.reap(self._pid)
             if not self._log.stat().st_size:
                 self._log.unlink()

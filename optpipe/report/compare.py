@@ -139,18 +139,20 @@ def _quality(a: Run, b: Run) -> tuple[bool, Test | NotMeasured]:
         found.append(np.asarray(scores, float))
     metrics = [_metric(run) for run in (a, b)]
     if metrics[0] != metrics[1]:
-        return False, NotMeasured(f"the metrics differ: {' / '.join(metrics)}")
+        return False, NotMeasured(f"the metrics differ: {' / '.join(name for name, _ in metrics)}")
     before, after = found
     fingerprint = a.report.data_fingerprint
     if fingerprint and fingerprint == b.report.data_fingerprint and len(before) == len(after):
         test = _welch(before, after)
         effect: float | NotMeasured = test if isinstance(test, NotMeasured) else test.cohens_d
         p = NotMeasured("the interval is paired")
+        interval = delta_interval(after, before, fraction=metrics[0][1] == "fraction")
         value, n = float((after - before).mean()), (len(before), len(after))
-        return True, Test(value=value, ci95=delta_interval(after, before), n=n, p=p, cohens_d=effect)
+        return True, Test(value=value, ci95=interval, n=n, p=p, cohens_d=effect)
     return False, _welch(before, after)
 
 
-def _metric(run: Run) -> str:
-    final = run.final
-    return final.quality.metric if isinstance(final, Measurement) and isinstance(final.quality, Quality) else "none"
+def _metric(run: Run) -> tuple[str, str]:
+    """Name and unit."""
+    quality = run.final.quality if isinstance(run.final, Measurement) else None
+    return (quality.metric, quality.unit) if isinstance(quality, Quality) else ("none", "value")

@@ -151,10 +151,12 @@ def p50(measurement: Measurement | NotMeasured) -> str:
 
 
 def headline(measurement: Measurement | NotMeasured) -> Latency | NotMeasured:
-    """Latency at batch 1, or why there is none."""
+    """Latency at batch 1 with the target's threads, or why there is none."""
     if isinstance(measurement, NotMeasured):
         return measurement
-    return measurement.latency if isinstance(measurement.latency, NotMeasured) else measurement.latency[0]
+    if isinstance(measurement.latency, NotMeasured):
+        return measurement.latency
+    return measurement.headline() or NotMeasured("batch 1 with the target's threads was not timed")
 
 
 def step_name(stage: StageResult) -> str:

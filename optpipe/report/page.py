@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
+from optpipe.budget import AT_LEAST
 from optpipe.report import charts, figures, samples, templates
 from optpipe.report.charts import Calls, Row
 from optpipe.report.schema import (
@@ -29,7 +30,9 @@ AS_IT_CAME = "as it came in"
 
 def write_page(report: Report, folder: Path) -> Path:
     """Write report.html into `folder`, whole or not at all; `folder` may hold the samples that report.json names."""
-    return templates.write(templates.render("page.html.j2", page=Page(report, folder), report=report), folder / PAGE)
+    return templates.write(
+        templates.render("page.html.j2", page=Page(report, folder), report=report, at_least=AT_LEAST), folder / PAGE
+    )
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ class Measurement:
     quality: Quality | NotMeasured
     latency: list[Latency] | NotMeasured
     peak_memory_bytes: int | NotMeasured  # resident, load and inference, interpreter included
+    threads: int = 1  # the target's
     energy_joules: float | NotMeasured = NotMeasured("nothing was timed")  # of one call at batch 1
     callers: list[Callers] = field(default_factory=list)
     sustained: Sustained | NotMeasured = NotMeasured("not asked for; benchmark.sustained_seconds=60 measures it")
@@ -167,15 +168,16 @@ class Measurement:
     operators: list[Operator] = field(default_factory=list)  # slowest first
 
     def headline(self) -> Latency | None:
-        """Latency at batch 1 with the target's threads: the first entry, where it could be measured."""
+        """Latency at batch 1 with the target's threads, where it could be measured."""
         entries = [] if isinstance(self.latency, NotMeasured) else self.latency
-        return entries[0] if entries and entries[0].batch_size == 1 else None
+        return next((entry for entry in entries if (entry.batch_size, entry.threads) == (1, self.threads)), None)
 
     def with_grid(self, grid: list[Latency]) -> Measurement:
         """The same with the other points of a grid behind the headline."""
         first = self.headline()
         if first is None:
-            return replace(self, latency=sorted(grid, key=lambda entry: entry.batch_size != 1))
+            wanted = (1, self.threads)
+            return replace(self, latency=sorted(grid, key=lambda entry: (entry.batch_size, entry.threads) != wanted))
         point = (first.runtime, first.batch_size, first.threads)
         others = [entry for entry in grid if (entry.runtime, entry.batch_size, entry.threads) != point]
         return replace(self, latency=[first, *others])
