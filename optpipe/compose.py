@@ -192,7 +192,9 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
     node = OmegaConf.select(config, parent)
     fields = [str(name) for name in node] if isinstance(node, DictConfig) else []
     kind = f"{parent} ({owner})" if owner else parent
-    if parent.endswith(".args"):
+    if path == "budget.stages":
+        return f"'{override}': set the limits of one step at a time: '+budget.stages.{key}={{quality_drop: 0.01}}'"
+    if parent.endswith(".args") or parent == "budget.stages":
         return f"'{override}': {parent} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
     hint = did_you_mean(key, fields) or (f"; it has {', '.join(fields)}" if fields else "")
     return f"'{override}': {kind} has no setting '{key}'{hint}"
@@ -364,6 +366,8 @@ class _Steps:
 
     def choice(self, how: Any, branches: list[Any]) -> Choice | None:
         keys = [branch if isinstance(branch, list) else [branch] for branch in branches]
+        if not all(keys):
+            self.problems.append(f"{how} holds an empty alternative; each names at least one stage key")
         built = [[self.step(key) for key in branch] for branch in keys]
         if any(step is None for branch in built for step in branch) or not all(built):
             return None
@@ -405,7 +409,9 @@ def _relaxed(config: DictConfig, entries: list[Entry], problems: list[str]) -> d
     relax: dict[str, list[Step]] = {}
     for key, milder in ((str(key), milder) for key, milder in listed.items()):
         if not key or key not in keys:
-            problems.append(f"relax names '{key}', which is no step of the pipeline{did_you_mean(key, keys)}")
+            inside = any(key in entry.key for entry in entries if isinstance(entry, Choice))
+            hint = "; what stands inside an alternative cannot be relaxed" if inside else did_you_mean(key, keys)
+            problems.append(f"relax names '{key}', which is no step of the pipeline{hint}")
         elif not (isinstance(milder, list) and milder and all(isinstance(item, dict) and item for item in milder)):
             problems.append(f"relax.{key} is {milder!r}; it must list settings, for example [{{ratio: 0.3}}]")
         else:

@@ -87,7 +87,12 @@ def read(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise OptpipeError(f"{run_folder} holds no deployed model ({file} is missing); name a finished run")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
+        missing = sorted({"form", "files", "runtime", "target"} - set(manifest))
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        if outside := [name for name in manifest["files"] if Path(name).name != name]:
+            raise ValueError(f"it names {outside[0]}, which is not in its folder")
+    except (OSError, ValueError, TypeError) as error:
         raise OptpipeError(f"{file} cannot be read ({error}); run the recipe again") from None
     return manifest
 

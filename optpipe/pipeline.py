@@ -355,13 +355,28 @@ class Loop:
                 if choice.how == "first_of" and not wished:
                     break
         if not done:
-            self.report.stages.extend(tried)
-            reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
-            raise StageError(f"no alternative of {choice.how} worked: {reasons}")
+            return self._no_alternative(choice, before, tried, attempts)
         *_, state, results = max(done, key=lambda item: item[: 1 if choice.how == "first_of" else 2])
         results[0].attempts = attempts
         self.report.stages.extend(results)
         return replace(state, results=len(self.report.stages))
+
+    def _no_alternative(
+        self, choice: Choice, before: State, tried: list[StageResult], attempts: list[Attempt]
+    ) -> State:
+        """Every branch failed or broke its limits: the model before them, where the policy takes steps back."""
+        reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
+        said = f"no alternative of {choice.how} worked: {reasons}"
+        for result in tried:
+            result.status = "failed" if result.status == "failed" else "rolled_back"
+            self.tracker.rolled_back(result)
+        tried[0].attempts = attempts
+        self.report.stages.extend(tried)
+        keeps_form = all(result.form == before.form.NAME for result in tried)
+        if self.plan.budget.policy in (Policy.rollback, Policy.relax) and keeps_form:
+            say(f"  {said}; rolled back")
+            return replace(before.reloaded(), results=len(self.report.stages))
+        raise StageError(said)
 
     def _finish(self, state: State) -> None:
         folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)

@@ -17,6 +17,7 @@ from optpipe.target import Target
 from optpipe.tracking import Tracking
 
 CONFIG = "config.json"
+OF_ANY_FORM = ("quality_drop", "size_bytes", "size_ratio")  # limits on what needs no runtime
 SPOKEN = {"torch": "a torch module", "program": "an exported program", "onnx": "an ONNX file"}
 
 
@@ -136,6 +137,20 @@ def budget_problems(
             )
         if not measure.previews and after[key] != deployed and set(limits.limits()) - {"quality_drop"}:
             problems.append(f"{where} limits what measure.previews=false leaves unmeasured; set measure.previews=true")
+    if timed := [name for name in budget.limits() if name not in OF_ANY_FORM]:
+        form = forms_along(entries)[-1][2]
+        if form != deployed:
+            problems.append(
+                f"budget.{timed[0]} limits what is measured on the target, but the pipeline ends with {SPOKEN[form]}, "
+                "which it does not run; end the pipeline with an export"
+            )
+    for entry in entries:
+        if isinstance(entry, Choice) and entry.how == "best_of" and after[entry.key] != deployed:
+            if not measure.previews:
+                problems.append(
+                    f"{entry.key} takes the fastest, which measure.previews=false leaves unmeasured; set "
+                    "measure.previews=true"
+                )
     if budget.policy is Policy.relax and not any(relax.values()):
         problems.append("budget.policy is relax, but relax lists no milder settings; relax: {prune: [{ratio: 0.3}]}")
     return problems

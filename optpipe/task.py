@@ -48,6 +48,12 @@ class Task:
     class_names: list[str] | None = None  # of the classes, or of the labels of a multi-label target
     slices: dict[str, Slice] = field(default_factory=dict)  # quality is also told for each of their labels
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.metric, Metric):
+            raise TypeError(
+                f"metric is {self.metric!r}; it must be an optpipe.Metric, for example optpipe.metrics.top1_accuracy()"
+            )
+
     def evaluate(self, model: Callable[..., Any], split: Split) -> Tensor:
         """Scores of `model` on `split` whose mean is its quality, float64.
 

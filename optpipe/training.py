@@ -59,7 +59,7 @@ def fit(
     """Train `model` in place and leave it, in eval mode, as it was after its best epoch.
 
     judge: score of the model after an epoch, higher is better; without it the last epoch counts as the best.
-    Raises StageError if a loss is not a finite number.
+    Raises StageError if a loss is not a finite number, or 0 throughout an epoch.
     """
     if fabric is None:
         from lightning_fabric import Fabric
@@ -91,6 +91,11 @@ def fit(
             rate.step()
             total += value.item()
         history.losses.append(total / steps)
+        if total == 0:
+            raise StageError(
+                f"the loss was 0 in every batch of epoch {epoch}, so nothing can be learned from it; give the task a "
+                "loss that fits its outputs, for example Task(loss=torch.nn.functional.mse_loss) for a regression"
+            )
         model.eval()
         history.scores.append(judge(model) if judge else -math.inf)
         if not judge or epoch == 1 or history.scores[-1] > history.scores[history.best_epoch - 1]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 EXIT_PROBLEM = 1
+MAX_SLOWDOWN = 0.05
 MAX_DROP_POINTS = 0.5
 
 
@@ -90,22 +91,28 @@ class Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Verify a run, or compare it with another, as the command line asks; the exit code."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if not options.against and (options.max_slowdown is not None or options.max_drop is not None):
+        parser.error("--max-slowdown and --max-drop compare with another run; name it with --against")
+    if options.junit and not options.junit.absolute().parent.is_dir():
+        parser.error(f"--junit {options.junit}: there is no folder {options.junit.parent}")
     begin = time.perf_counter()
     try:
         run = Run(options.run)
         if options.against:
             title = f"{options.run} against {options.against}"
-            found = against(run, Run(options.against), options.max_slowdown, options.max_drop)
+            slowdown = MAX_SLOWDOWN if options.max_slowdown is None else options.max_slowdown
+            found = against(run, Run(options.against), slowdown, options.max_drop)
         else:
             title = f"{options.run}, measured again"
             found = again(run)
+        _print(title, found)
+        if options.junit:
+            write_junit(options.junit, title, found, time.perf_counter() - begin)
     except OptpipeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_PROBLEM
-    _print(title, found)
-    if options.junit:
-        write_junit(options.junit, title, found, time.perf_counter() - begin)
     return 0 if all(finding.ok for finding in found) else EXIT_PROBLEM
 
 
@@ -332,9 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--against", type=Path, metavar="OTHER_RUN", help="the run that must not be better")
-    parser.add_argument(
-        "--max-slowdown", type=_share, default=0.05, metavar="5%", help="with --against, of a call (default 5%%)"
-    )
+    parser.add_argument("--max-slowdown", type=_share, metavar="5%", help="with --against, of a call (default 5%%)")
     parser.add_argument(
         "--max-drop",
         type=float,

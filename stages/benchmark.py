@@ -36,7 +36,9 @@ class Latency:
         sustained = ctx.time_sustained(model, self.sustained_seconds)
         if grid:
             faster = sum(entry.verdict == "faster" for entry in grid)
-            ctx.note(f"{faster} of {len(grid)} grid points are faster than the baseline as it came in")
+            ctx.note(
+                f"{faster} of the {len(grid)} grid points that were timed are faster than the baseline as it came in"
+            )
         if len(callers) > 1:
             best = max(callers, key=lambda entry: entry.throughput)
             ctx.note(

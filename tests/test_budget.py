@@ -69,6 +69,18 @@ def test_rollback_drops_the_step_and_ends_inside_the_budget(project: Path) -> No
     assert last.where == "run" and last.holds and last.value <= 0.05
 
 
+def test_rollback_goes_on_where_no_alternative_holds(project: Path) -> None:
+    again = (
+        "+clip@again=weights",
+        "again.limit=0.0001",
+        "pipeline=[simplify,{first_of: [clip,again]},quantize,trace,export]",
+    )
+    report = run(project, *SPOILS, *again, "budget.policy=rollback")
+    assert report.status == "ok"
+    assert [stage.status for stage in report.stages] == ["ok", "rolled_back", "rolled_back", "ok", "ok", "ok"]
+    assert [attempt.ok for attempt in report.stages[1].attempts] == [False, False]
+
+
 def test_relax_tries_what_the_recipe_lists_and_keeps_every_try(project: Path) -> None:
     report = run(project, *SPOILS, "budget.policy=relax", RELAX, PIPELINE)
     assert report.status == "ok"
@@ -136,6 +148,18 @@ def test_settings_that_are_wrong_in_themselves(settings: dict[str, Any], words: 
         ),
         (["measure=quick", "+budget.stages.prune.size_bytes=9"], ["measure.previews=false leaves unmeasured"]),
         (["budget.quality_drop=0.01", "budget.policy=relax"], ["relax lists no milder settings"]),
+        (["budget.stages={quantize: {speedup: 2}}"], ["one step at a time", "+budget.stages.quantize="]),
+        (["budget.stages.quantize={speedup: 2}"], ["add it as '+budget.stages.quantize"]),
+        (["budget.p50_ms=1", "pipeline=[simplify,quantize]"], ["the pipeline ends with a torch module", "an export"]),
+        (
+            ["measure=quick", "pipeline=[{best_of: [simplify,quantize]},trace,export]"],
+            ["takes the fastest, which measure.previews=false leaves unmeasured"],
+        ),
+        (["pipeline=[{best_of: [[],quantize]},trace,export]"], ["best_of holds an empty alternative"]),
+        (
+            ["pipeline=[{first_of: [prune,distill]},trace,export]", "relax={prune: [{ratio: 0.1}]}"],
+            ["relax names 'prune'", "inside an alternative cannot be relaxed"],
+        ),
         (["relax={prun: [{ratio: 0.1}]}"], ["relax names 'prun'", "did you mean 'prune'"]),
         (["relax={prune: {ratio: 0.1}}"], ["relax.prune is {'ratio': 0.1}; it must list settings"]),
         (["relax={prune: [{rato: 0.1}]}"], ["relax.prune", "rato"]),

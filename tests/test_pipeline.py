@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import optpipe
+from optpipe.report.console import missing
 
 QUICK = ("target.instruction_set=neon", "tracking=none")
 BROKEN = "+clip@broken=broken"
@@ -33,6 +34,8 @@ def test_a_stage_that_changed_nothing_says_so(project: Path) -> None:
 
 def test_what_cannot_be_timed_here_says_why(project: Path) -> None:
     report = run(project, "pipeline=[quantize,trace,export]")
+    (said,) = missing(report)
+    assert said.startswith("baseline, quantize, trace, export: latency not measured: the target's instruction set")
     for stage in report.stages:
         assert "instruction set is neon" in stage.measurement.latency.not_measured
         assert stage.measurement.size_bytes > 0

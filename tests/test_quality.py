@@ -358,6 +358,12 @@ def test_a_task_that_its_metric_cannot_judge_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Only one class:sklearn.exceptions.UndefinedMetricWarning")
+def test_a_metric_is_more_than_its_name() -> None:
+    outputs, target = classes(20)
+    with pytest.raises(TypeError, match=r"metric is 'accuracy'; it must be an optpipe\.Metric"):
+        task(outputs, target, "accuracy")
+
+
 def test_a_metric_that_is_undefined_on_a_batch_is_judged_on_the_split() -> None:
     target = (torch.arange(200) > 150).long()
     preflight.check(nn.Identity(), task(torch.rand(200), target, auc()), Budget(), "this task")

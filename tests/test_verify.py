@@ -25,6 +25,13 @@ def edit_report(folder: Path, change: Any) -> None:
     (folder / "report.json").write_text(json.dumps(report))
 
 
+def name_in_manifest(folder: Path, name: str) -> None:
+    file = folder / "model" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["files"][name] = manifest["files"]["model.onnx"]
+    file.write_text(json.dumps(manifest))
+
+
 def wide(entry: dict) -> dict:
     """A point of the grid whose intervals are as wide as those of a machine that is not quiet."""
     return entry | {f"{name}_ci95": [entry[name] / 2, entry[name] * 2] for name in ("speedup", "speedup_same_runtime")}
@@ -106,6 +113,11 @@ def test_the_gate_lets_an_equal_model_pass_and_stops_a_worse_one(edge_run: Any, 
         (lambda folder: (folder / "report.json").unlink(), "holds no report.json; name the folder of a run"),
         (lambda folder: (folder / "report.json").write_text("{"), "cannot be read"),
         (lambda folder: (folder / "report.json").write_text('{"schema": 7}'), "is not a report of schema 1"),
+        (
+            lambda folder: (folder / "model" / "manifest.json").write_text("{}"),
+            "it has no files, form, runtime, target",
+        ),
+        (lambda folder: name_in_manifest(folder, "../report.json"), "which is not in its folder"),
         (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
         (lambda folder: (folder / "00_baseline" / "inputs_1.npz").unlink(), "without the inputs that were timed"),
     ],
@@ -114,6 +126,19 @@ def test_what_is_no_finished_run_is_said(copied: Path, damage: Any, words: str, 
     damage(copied)
     assert verify.main([str(copied)]) == 1
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--max-slowdown", "5%"], "name it with --against"),
+        (["--junit", "no_such_folder/verify.xml"], "there is no folder no_such_folder"),
+    ],
+)
+def test_options_that_would_do_nothing(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as error:
+        verify.main(["somewhere", *words])
+    assert error.value.code == 2 and expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", ["slow", "5"])

@@ -30,6 +30,7 @@ from optpipe.report.schema import Callers, NotMeasured, Sustained
 CALLERS_SECONDS = 0.25
 SPANS = 6  # that a sustained measurement is told in
 DRIFT = 0.1  # of a model's time within a replica: more is not settled
+VISIBLE_LOAD_CORES = 0.1
 LOOK_SECONDS = 0.1  # at how busy each core is
 MEMORY_SHARE = 0.5  # of what is free, for the replicas that are loaded at once
 
@@ -222,9 +223,7 @@ class Bench:
         if widest > self.settings.noise_limit:
             return (
                 f"the machine is too noisy: after {len(comparison.blocks)} processes the 95 % interval of the ratio is "
-                f"{widest:.0%} wide, above measure.noise_limit={self.settings.noise_limit:g}; other programs kept "
-                f"{comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or raise "
-                "measure.max_seconds"
+                f"{widest:.0%} wide, above measure.noise_limit={self.settings.noise_limit:g}; {_remedy(comparison)}"
             )
         if not _is_settled(comparison.blocks):
             return (
@@ -243,6 +242,14 @@ class Bench:
         if runtime not in self._nurseries:
             self._nurseries[runtime] = Nursery(runtime, self._log_folder)
         return self._nurseries[runtime]
+
+
+def _remedy(comparison: Comparison) -> str:
+    """Of noise: end what makes it, if that can be seen, or average over more of it."""
+    more = f"raise measure.max_seconds, or measure.replicas above {len(comparison.blocks)}"
+    if comparison.other_load_cores < VISIBLE_LOAD_CORES:
+        return f"no other program was to be seen here; {more}"
+    return f"other programs kept {comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or {more}"
 
 
 def _quiet_cores(count: int) -> list[int]:

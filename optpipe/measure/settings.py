@@ -10,9 +10,9 @@ class Measure:
     """How long to measure, and when a figure is good enough."""
 
     replicas: int = 6  # fresh processes per contender, at least: two with one model differ by up to a few per cent
-    rounds: int = 4  # in each of them; a round is one block of every contender
+    rounds: int = 5  # in each of them; a round is one block of every contender
     block_seconds: float = 0.01  # of consecutive calls of one contender before the next one's turn
-    max_seconds: float = 2.5  # after which a comparison gets no further replicas
+    max_seconds: float = 3.0  # after which a comparison gets no further replicas
     interval_width: float = 0.05  # stop once the 95 % intervals of the ratios are this narrow, relative
     noise_limit: float = 0.4  # an interval that is still wider than this is no figure: the machine is too noisy
     margin: float = 0.02  # ratios closer to 1 than this are `same`

@@ -133,7 +133,12 @@ def _quality(a: Run, b: Run) -> tuple[bool, Test | NotMeasured]:
     """The difference in quality on the test split: paired where both scored the same samples, else Welch's."""
     found = []
     for name, run in (("A", a), ("B", b)):
-        scores = samples.arrays(run.folder / "quality" / "final.npz").get("scores")
+        arrays = samples.arrays(run.folder / "quality" / "final.npz")
+        scores = arrays.get("scores")
+        if scores is None and arrays:
+            return False, NotMeasured(
+                "the metric is of the whole split, so there is no score of each sample to compare"
+            )
         if scores is None:
             return False, NotMeasured(f"{name}'s folder has no quality/final.npz with the score of every sample")
         found.append(np.asarray(scores, float))

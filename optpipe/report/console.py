@@ -21,10 +21,12 @@ def table(report: Report) -> Any:
         view.add_column(column, justify="right" if column == "s" else "left", no_wrap=True)
     for column in ("KB", *_headings(report.baseline), "p50 ms", "× faster [95 %]", "verdict", "× same runtime"):
         view.add_column(column, justify="right", no_wrap=True)
-    if isinstance(report.baseline, Measurement) and not isinstance(report.baseline.latency, NotMeasured):
-        for entry in report.baseline.latency:
+    if isinstance(report.baseline, Measurement):
+        entries = [] if isinstance(report.baseline.latency, NotMeasured) else report.baseline.latency
+        for entry in entries or [None]:
             size, *figures = _figures(report.baseline, entry)
-            view.add_row(f"baseline, {entry.runtime}", "", "", size if entry.runtime == "torch" else "", *figures)
+            name = entry.runtime if entry else "torch"
+            view.add_row(f"baseline, {name}", "", "", size if name == "torch" else "", *figures)
         view.add_section()
     for stage in report.stages:
         name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
@@ -32,6 +34,17 @@ def table(report: Report) -> Any:
         figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
         view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
     return view
+
+
+def missing(report: Report) -> list[str]:
+    """Why there is no latency, for each reason the rows that have none."""
+    named = [("baseline", report.baseline), *((stage.key, stage.measurement) for stage in report.stages)]
+    reasons: dict[str, list[str]] = {}
+    for name, measurement in named:
+        latency = measurement if isinstance(measurement, NotMeasured) else measurement.latency
+        if isinstance(latency, NotMeasured):
+            reasons.setdefault(latency.not_measured, []).append(name)
+    return [f"{', '.join(names)}: latency not measured: {reason}" for reason, names in reasons.items()]
 
 
 def _headings(baseline: Measurement | NotMeasured) -> tuple[str, str]:

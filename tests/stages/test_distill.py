@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from optpipe import StageError
 from optpipe.stages.distill import Logits
-from optpipe.training import hold_out
+from optpipe.training import Schedule, fit, hold_out
 
 
 def distance(student: nn.Module, teacher: nn.Module, task) -> float:
@@ -51,6 +52,17 @@ def test_a_loss_that_explodes_says_what_to_change(model, context) -> None:
     student.head[3].weight.data.mul_(float("inf"))
     with pytest.raises(StageError, match=r"the loss became .* in epoch 1; lower learning_rate"):
         Logits(epochs=1).run(student, context(model))
+
+
+def test_a_loss_that_is_nought_teaches_nothing() -> None:
+    batches = [(torch.randn(8, 4), torch.randn(8, 1))]
+    with pytest.raises(StageError, match=r"the loss was 0 in every batch of epoch 1.*Task\(loss="):
+        fit(
+            nn.Linear(4, 1),
+            batches,
+            lambda _, outputs, target: cross_entropy(outputs, target),
+            Schedule(epochs=2, learning_rate=1e-3),
+        )
 
 
 def test_held_out_samples_are_not_trained_on() -> None:
