@@ -22,8 +22,8 @@ def table(report: Report) -> Any:
     for column in ("KB", *_headings(report.baseline), "p50 ms", "× faster [95 %]", "verdict", "× same runtime"):
         view.add_column(column, justify="right", no_wrap=True)
     if isinstance(report.baseline, Measurement):
-        entries = [] if isinstance(report.baseline.latency, NotMeasured) else report.baseline.latency
-        for entry in entries or [None]:
+        latency = report.baseline.latency
+        for entry in [None] if isinstance(latency, NotMeasured) else latency:
             size, *figures = _figures(report.baseline, entry)
             name = entry.runtime if entry else "torch"
             view.add_row(f"baseline, {name}", "", "", size if name == "torch" else "", *figures)
