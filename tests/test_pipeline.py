@@ -10,7 +10,8 @@ import pytest
 import optpipe
 from optpipe.report.console import missing
 
-QUICK = ("target.instruction_set=neon", "tracking=none")
+QUICK = ("target.instruction_set=neon", "tracking=none", "measure.previews=false")
+PREVIEWS = "measure.previews=true"
 BROKEN = "+clip@broken=broken"
 
 
@@ -33,7 +34,7 @@ def test_a_stage_that_changed_nothing_says_so(project: Path) -> None:
 
 
 def test_what_cannot_be_timed_here_says_why(project: Path) -> None:
-    report = run(project, "pipeline=[quantize,trace,export]")
+    report = run(project, PREVIEWS, "pipeline=[quantize,trace,export]")
     (said,) = missing(report)
     assert said.startswith("baseline, quantize, trace, export: latency not measured: the target's instruction set")
     for stage in report.stages:
@@ -43,7 +44,7 @@ def test_what_cannot_be_timed_here_says_why(project: Path) -> None:
 
 
 def test_steps_before_the_export_have_the_size_of_a_preview(project: Path) -> None:
-    trace, export = run(project, "pipeline=[quantize,trace,export]").stages[1:]
+    trace, export = run(project, PREVIEWS, "pipeline=[quantize,trace,export]").stages[1:]
     assert trace.measurement.size_bytes == export.measurement.size_bytes
     assert export.measurement.size_bytes == (project / "run" / "model" / "model.onnx").stat().st_size
 
@@ -58,7 +59,11 @@ def test_first_of_takes_the_first_that_works_and_keeps_the_reasons(project: Path
 
 def test_best_of_tries_them_all_each_on_a_model_of_its_own(project: Path) -> None:
     report = run(
-        project, "clip.limit=0.01", "pipeline=[{best_of:[[clip,quantize],quantize]},trace]", "budget.quality_drop=0.05"
+        project,
+        PREVIEWS,
+        "clip.limit=0.01",
+        "pipeline=[{best_of:[[clip,quantize],quantize]},trace]",
+        "budget.quality_drop=0.05",
     )
     stage = report.stages[0]
     assert [attempt.ok for attempt in stage.attempts] == [False, True]
@@ -70,7 +75,7 @@ def test_best_of_tries_them_all_each_on_a_model_of_its_own(project: Path) -> Non
 @pytest.mark.parametrize("how", ["first_of", "best_of"])
 def test_alternatives_are_judged_by_every_limit(project: Path, how: str) -> None:
     limits = ("budget.quality_drop=0.9", "budget.size_bytes=9000")  # what holds in int8 only
-    report = run(project, *limits, f"pipeline=[{{{how}:[clip,quantize]}},trace,export]")
+    report = run(project, PREVIEWS, *limits, f"pipeline=[{{{how}:[clip,quantize]}},trace,export]")
     assert report.status == "ok" and report.stages[0].key == "quantize"
     clipped = report.stages[0].attempts[0]
     assert clipped.method == "clip" and "above the limit of 9000" in clipped.reason
@@ -82,7 +87,7 @@ def test_a_limit_that_no_alternative_holds_is_left_to_later_steps(project: Path)
 
 
 def test_what_the_target_does_not_run_has_no_figures_there(project: Path) -> None:
-    report = run(project, "pipeline=[quantize,trace]")
+    report = run(project, PREVIEWS, "pipeline=[quantize,trace]")
     final, preview = report.final.measurement, report.stages[-1].measurement
     assert "the pipeline ends with form 'program'" in final.latency.not_measured
     assert final.size_bytes == (project / "run" / "model" / "program.pt2").stat().st_size != preview.size_bytes

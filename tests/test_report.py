@@ -23,7 +23,7 @@ from optpipe.report.compare import compare
 from optpipe.report.page import write_page
 from optpipe.report.runs import read
 
-QUICK = ("target.instruction_set=neon", "tracking=none")
+QUICK = ("target.instruction_set=neon", "tracking=none", "measure.previews=false")
 
 
 def page(report: Report, folder: Path) -> str:
