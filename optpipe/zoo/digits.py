@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from optpipe.machine import machine_lock, user_cache
 from optpipe.progress import say
 from optpipe.task import Task, top1_accuracy
 from optpipe.training import Schedule, fit
+from optpipe.zoo.weights import trained_once
 
 TEST_IMAGES = 450
 VALIDATION_IMAGES = 250
@@ -109,24 +107,7 @@ def ink(images: Tensor, _: Tensor) -> list[str]:
 
 def trained(seed: int = 0) -> DigitsNet:
     """The baseline. The first call on a machine trains it; later ones read the weights that it kept."""
-    return _trained_once(user_cache() / "zoo" / f"digits_{seed}_{EPOCHS}.safetensors", seed)
-
-
-def _trained_once(weights: Path, seed: int) -> DigitsNet:
-    import safetensors.torch
-    from filelock import FileLock
-
-    weights.parent.mkdir(exist_ok=True, mode=0o700)
-    model = DigitsNet()
-    with FileLock(weights.with_suffix(".lock")):  # two first runs at once: one trains, the other waits
-        if not weights.exists():
-            with machine_lock().working():
-                train(model, seed)
-            partial = weights.with_suffix(".partial")
-            safetensors.torch.save_model(model, str(partial))
-            partial.rename(weights)
-        safetensors.torch.load_model(model, str(weights))
-    return model.eval()
+    return trained_once(f"digits_{seed}_{EPOCHS}", DigitsNet(), lambda model: train(model, seed))
 
 
 def train(model: DigitsNet, seed: int) -> None:
