@@ -1,12 +1,13 @@
-"""Distill: train the current model to answer as the baseline does.
+"""Distill: train the current model, to answer as the baseline does or as the labels say.
 
 Takes and gives a torch module.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optpipe.context import Context
 from optpipe.errors import StageError
@@ -14,6 +15,16 @@ from optpipe.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Training(Protocol):
+    """The settings that every stage of this family has."""
+
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    held_out: float
+    patience: int
 
 
 @register("distill/logits", takes="torch", gives="torch", requires=("lightning_fabric",))
@@ -34,16 +45,11 @@ class Logits:
     patience: int = 0  # stop after so many epochs without a better one; 0 trains them all
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs is {self.epochs}; it must be at least 1")
+        _check(self)
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; it must be between 0 and 1")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}; it must be above 0 and below 1")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
@@ -51,7 +57,6 @@ class Logits:
         import torch
 
         from optpipe.task import call
-        from optpipe.training import Schedule, fit, hold_out
 
         teacher = ctx.fabric.to_device(copy.deepcopy(ctx.baseline).eval())
         teacher.to(memory_format=torch.channels_last)  # convolutions alone; a third less time on a CPU
@@ -62,23 +67,7 @@ class Logits:
                 wanted = call(teacher, inputs)
             return self.loss(student, wanted, ctx.task.loss(student, target))
 
-        def judge(student: nn.Module) -> float:
-            """How close the student is to its training target on the held-out slice, higher is better."""
-            with torch.no_grad():
-                losses = [loss(inputs, call(student, inputs), y) for inputs, y in map(ctx.fabric.to_device, held)]
-            return -float(torch.stack(losses).mean())
-
-        train, held = hold_out(ctx.task.train, self.held_out, ctx.seed)
-        schedule = Schedule(
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            patience=self.patience,
-        )
-        history = fit(model, train, loss, schedule, fabric=ctx.fabric, judge=judge, description="distilling")
-        ctx.record(epochs=len(history.losses), best_epoch=history.best_epoch, losses=history.losses)
-        ctx.note(f"kept epoch {history.best_epoch} of {len(history.losses)}, the best on held-out training data")
-        return model
+        return _train(model, self, loss, ctx, "distilling")
 
     def loss(self, student: Tensor, teacher: Tensor, task_loss: Tensor) -> Tensor:
         """The distillation loss; `student` and `teacher` are logits of shape (n, classes)."""
@@ -89,6 +78,66 @@ class Logits:
             F.log_softmax(student / t, 1), F.log_softmax(teacher / t, 1), reduction="batchmean", log_target=True
         )
         return self.alpha * t * t * soft + (1 - self.alpha) * task_loss
+
+
+@register("distill/finetune", takes="torch", gives="torch", requires=("lightning_fabric",))
+@dataclass(kw_only=True)
+class Finetune:
+    """Minimise the task's own loss, without a teacher: for outputs of any kind, and as the yardstick of distillation.
+
+    Which epoch is kept is decided on a slice of the training data; validation and test data are not seen.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    held_out: float = 0.1  # share of the training data that picks the best epoch
+    patience: int = 0  # stop after so many epochs without a better one; 0 trains them all
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def run(self, model: nn.Module, ctx: Context) -> nn.Module:
+        return _train(model, self, lambda _, outputs, target: ctx.task.loss(outputs, target), ctx, "fine-tuning")
+
+
+def _check(settings: Training) -> None:
+    if settings.epochs < 1:
+        raise ValueError(f"epochs is {settings.epochs}; it must be at least 1")
+    if not 0 < settings.held_out < 1:
+        raise ValueError(f"held_out is {settings.held_out}; it must be above 0 and below 1")
+    if settings.learning_rate <= 0:
+        raise ValueError(f"learning_rate is {settings.learning_rate}; it must be above 0")
+    if settings.patience < 0:
+        raise ValueError(f"patience is {settings.patience}; it must not be negative")
+
+
+def _train(
+    model: nn.Module, settings: Training, loss: Callable[[Any, Any, Any], Tensor], ctx: Context, description: str
+) -> nn.Module:
+    """Train `model` on all but a slice of the training data, and keep the epoch whose loss on that slice is least."""
+    import torch
+
+    from optpipe.task import call
+    from optpipe.training import Schedule, fit, hold_out
+
+    train, held = hold_out(ctx.task.train, settings.held_out, ctx.seed)
+
+    def judge(student: nn.Module) -> float:
+        with torch.no_grad():
+            losses = [loss(inputs, call(student, inputs), target) for inputs, target in map(ctx.fabric.to_device, held)]
+        return -float(torch.stack(losses).mean())
+
+    schedule = Schedule(
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        patience=settings.patience,
+    )
+    history = fit(model, train, loss, schedule, fabric=ctx.fabric, judge=judge, description=description)
+    ctx.record(epochs=len(history.losses), best_epoch=history.best_epoch, losses=history.losses)
+    ctx.note(f"kept epoch {history.best_epoch} of {len(history.losses)}, the best on held-out training data")
+    return model
 
 
 def _check_outputs_fit(student: nn.Module, teacher: nn.Module, ctx: Context) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 from optpipe import StageError
-from optpipe.stages.distill import Logits
+from optpipe.metrics import mean_squared_error
+from optpipe.stages.distill import Finetune, Logits
+from optpipe.task import Task
 from optpipe.training import Schedule, fit, hold_out
 
 
@@ -39,6 +42,34 @@ def test_the_same_seed_trains_the_same_student(model, context, task) -> None:
         torch.manual_seed(7)
         outputs.append(Logits(epochs=2).run(copy.deepcopy(model), context(model))(task.example_inputs))
     assert torch.equal(*outputs)
+
+
+def test_finetuning_learns_targets_of_any_kind(context) -> None:
+    inputs = torch.randn(64, 8)
+    batches = [(inputs, inputs[:, :3].sum(1, keepdim=True))]
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), batches * 4)
+    regression = Task(**splits, example_inputs=inputs, metric=mean_squared_error(), loss=mse_loss)
+    model = nn.Linear(8, 1)
+    ctx = dataclasses.replace(context(model), task=regression)
+    before = float(regression.evaluate(model, "test").mean())
+    Finetune(epochs=50, learning_rate=0.1, held_out=0.25).run(model, ctx)
+    assert float(regression.evaluate(model, "test").mean()) < 0.1 * before
+    assert ctx.facts["losses"][-1] < ctx.facts["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be above 0"),
+        ({"held_out": 1.0}, "held_out is 1.0; it must be above 0 and below 1"),
+        ({"patience": -1}, "patience is -1; it must not be negative"),
+    ],
+)
+def test_settings_that_are_wrong_in_themselves(settings, words) -> None:
+    for stage in (Logits, Finetune):
+        with pytest.raises(ValueError, match=words):
+            stage(**settings)
 
 
 def test_a_student_with_other_outputs_is_refused(model, context) -> None:
