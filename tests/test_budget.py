@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import run
+from test_pipeline import PREVIEWS, run
 
 import optpipe
 from optpipe.budget import Budget, Estimate, Policy, estimates, judge
@@ -113,7 +113,7 @@ def test_relax_goes_back_past_steps_that_have_nothing_milder(project: Path) -> N
 
 
 def test_a_limit_of_one_step(project: Path) -> None:
-    report = run(project, "+budget.stages.trace.size_bytes=10", "budget.policy=rollback", PIPELINE)
+    report = run(project, PREVIEWS, "+budget.stages.trace.size_bytes=10", "budget.policy=rollback", PIPELINE)
     assert report.status == "over_budget"  # a program cannot be rolled back to a module: export needs it
     (violation,) = report.budget.violations
     assert violation.startswith("after 'trace', size_bytes is")

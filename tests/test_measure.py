@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from optpipe.forms import form
-from optpipe.measure.latency import Bench, Contender
+from optpipe.measure.latency import Bench, Contender, lasting_change
 from optpipe.measure.nursery import MeasureError
 from optpipe.measure.quality import delta_interval, interval, tango_interval
 from optpipe.measure.settings import Measure
@@ -186,6 +186,15 @@ def test_drift_is_what_all_processes_share() -> None:
     growing = np.tile(np.linspace(1, 2, 6), (3, 1))
     assert drift(settled) == drift(disturbed) == 1
     assert drift(growing) > 1.5
+
+
+def test_a_change_lasts_if_it_goes_on_when_looked_at_again() -> None:
+    def blocks(*times: float) -> list:
+        return [[[np.array([time]) for time in times], [np.ones(1) for _ in times]] for _ in range(3)]
+
+    assert lasting_change(blocks(1, 1.2, 1.4), blocks(1.6, 1.8, 2)) == pytest.approx(2 / 1.6)
+    assert lasting_change(blocks(1, 1, 1.4), blocks(1, 1, 1.4)) == 1  # a disturbance that came twice
+    assert lasting_change(blocks(1.4, 1.2, 1), blocks(1, 1, 1)) == 1  # it was warming up
 
 
 def test_zero_flips_do_not_mean_zero_uncertainty() -> None:
