@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from optpipe.errors import StageError
 from optpipe.forms import ExportedFile
 from optpipe.progress import quiet
+from optpipe.rewrite import use_global_pooling, use_packed_attention
 from optpipe.task import Task, arguments, batch_of
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 65536
 OPSET = 20
+ATTENTION_OPSET = 23  # the first that has the operator
 
 
 def trace(model: nn.Module, task: Task) -> ExportedProgram:
@@ -50,16 +52,19 @@ def to_onnx(
     *,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
     rewrite: bool = True,
 ) -> ExportedFile:
     """Write `program` to `path` as ONNX, checked, with nothing in it but the model: equal programs give equal bytes.
 
-    rewrite: whether to use the operators that runtimes have int8 kernels for where torch's exporter does not.
+    rewrite: whether to use the operators that runtimes have the best kernels for where torch's exporter does not.
+    opset: by default OPSET, or ATTENTION_OPSET where the graph is rewritten and holds attention.
     Raises StageError if an operator has no ONNX form or the file does not pass ONNX's checker.
     """
     import onnx
 
+    if opset is None:
+        opset = ATTENTION_OPSET if rewrite and _has_attention(program) else OPSET
     try:
         with quiet("torch.onnx._internal.exporter._registration"):  # it warns that there is no torchvision
             exported = torch.onnx.export(
@@ -75,7 +80,8 @@ def to_onnx(
         raise StageError(f"torch.onnx cannot export this program: {_first_line(error)}") from error
     assert exported is not None
     if rewrite:
-        _use_global_pooling(exported.model)
+        use_global_pooling(exported.model)
+        use_packed_attention(exported.model)
     _name_batch_dimension(exported.model)
     proto = exported.model_proto
     _strip(proto)
@@ -87,28 +93,8 @@ def to_onnx(
     return ExportedFile(path, "onnx")
 
 
-def _use_global_pooling(model: onnx_ir.Model) -> None:
-    """ReduceMean over all spatial axes becomes GlobalAveragePool.
-
-    The exporter writes the former for adaptive pooling to 1×1; ONNX Runtime has an int8 kernel for the latter only.
-    """
-    import onnx_ir as ir
-
-    for node in list(model.graph):
-        if node.op_type != "ReduceMean" or len(node.inputs) != 2 or not node.inputs[0] or not node.inputs[1]:
-            continue
-        shape, axes = node.inputs[0].shape, ir.convenience.get_const_tensor(node.inputs[1])
-        if shape is None or axes is None or len(shape) < 3:
-            continue
-        rank = len(shape)
-        if {int(axis) % rank for axis in axes.numpy().flatten()} != set(range(2, rank)):
-            continue
-        pooled = ir.node("GlobalAveragePool", inputs=[node.inputs[0]])
-        new = [pooled]
-        keepdims = node.attributes.get("keepdims")
-        if keepdims is not None and keepdims.as_int() == 0:
-            new.append(ir.node("Flatten", inputs=[pooled.outputs[0]], attributes={"axis": 1}))
-        ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, new[-1].outputs)
+def _has_attention(program: ExportedProgram) -> bool:
+    return any(node.target is torch.ops.aten.scaled_dot_product_attention.default for node in program.graph.nodes)
 
 
 def _name_batch_dimension(model: onnx_ir.Model) -> None:

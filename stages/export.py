@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 class Onnx:
     """ONNX by torch's dynamo exporter: named inputs and outputs, free batch size, checked, without debug metadata."""
 
-    opset: int = 20
+    opset: int | None = None  # by default 20; 23 for a model with attention, the first that has an operator for it
     input_names: list[str] | None = None  # by default the task's, else those of `forward`
     output_names: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not 18 <= self.opset <= 23:
+        if self.opset is not None and not 18 <= self.opset <= 23:
             raise ValueError(f"opset is {self.opset}; torch's exporter writes 18 to 23")
 
     def run(self, model: ExportedProgram, ctx: Context) -> ExportedFile:
+        import onnx
+
         from optpipe.forms.onnx import FILE
         from optpipe.lower import to_onnx
 
@@ -41,5 +43,5 @@ class Onnx:
             output_names=self.output_names or ctx.task.output_names,
             opset=self.opset,
         )
-        ctx.record(opset=self.opset)
+        ctx.record(opset=onnx.load(exported.path).opset_import[0].version)
         return exported

@@ -1,168 +1,229 @@
 """Placement: which tensors of a graph are quantised, so that the target's runtime computes in integers.
 
-ONNX Runtime fuses `dequantise → operator → quantise` into one integer operator only if all of its inputs and outputs
-are quantised, and only for some operators. This quantizer annotates just those.
+ONNX Runtime fuses `dequantise → operator → quantise` into one integer operator only if all of its inputs, and for most
+operators the output, are quantised, and only for some operators. This quantizer annotates just those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     QuantizationAnnotation,
-    QuantizationSpec,
     Quantizer,
     SharedQuantizationSpec,
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 
-from optpipe.target import InstructionSet, Target
+from optpipe.errors import StageError
+
+from .scheme import Scheme
 
 aten = torch.ops.aten
 INT32_MAX = 2**31 - 1
-EPS = 2.0**-24  # smallest scale: torchao's default, 2^-12, is coarse for weights near zero
 
-# weight and bias are arguments 1 and 2
-WEIGHTED = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
+CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+WEIGHTED = {*CONVOLUTIONS, aten.linear.default}  # weight and bias are arguments 1 and 2
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
-POOLING = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default}
+# integer operators of one input
+UNARY = {
+    aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.sigmoid.default, aten.leaky_relu.default,
+    aten.leaky_relu_.default,
+}  # fmt: skip
 # the output holds the input's values, so it has the input's scale
 MOVING = {
     aten.max_pool2d.default, aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.permute.default,
-    aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default,
+    aten.transpose.int, aten.squeeze.dim, aten.unsqueeze.default, aten.unflatten.int, aten.contiguous.default,
 }  # fmt: skip
 # the range of a quantised output can stand for these
 CLAMPING = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Types and ranges of quantised tensors."""
-
-    name: str  # "u8s8"
-    reason: str
-    activation: torch.dtype
-    weight_bits: int  # 7 where pairs of products would saturate int16
-    observer: str = "histogram"
-
-    @cached_property
-    def activation_spec(self) -> QuantizationSpec:
-        low, high = (0, 255) if self.activation is torch.uint8 else (-128, 127)
-        observer = HistogramObserver if self.observer == "histogram" else MinMaxObserver
-        return QuantizationSpec(
-            dtype=self.activation,
-            observer_or_fake_quant_ctr=observer.with_args(eps=EPS),
-            quant_min=low,
-            quant_max=high,
-            qscheme=torch.per_tensor_affine,
-        )
-
-    @cached_property
-    def weight_spec(self) -> QuantizationSpec:
-        limit = 2 ** (self.weight_bits - 1) - 1
-        return QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=EPS),
-            quant_min=-limit,
-            quant_max=limit,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
-        )
-
-
-def scheme(target: Target, signedness: str, observer: str) -> Scheme:
-    """The types to use on `target`; signedness "auto" takes what its instruction set multiplies fastest.
-
-    x86 multiplies unsigned by signed bytes; without a dot-product instruction it adds pairs of products in int16,
-    which saturates unless weights keep to 7 bits (ONNX Runtime's documentation calls this reduce_range). Signed by
-    signed is for Arm: on x86 ONNX Runtime leaves a signed convolution with relu in float.
-    """
-    instructions = target.int8_instructions()
-    signed = instructions in (InstructionSet.neon, InstructionSet.neon_dotprod)
-    name = signedness if signedness != "auto" else "s8s8" if signed else "u8s8"
-    reduce_range = name == "u8s8" and instructions is InstructionSet.avx2
-    reason = f"{'chosen for' if signedness == 'auto' else 'asked for; the target has'} {instructions.value}"
-    if reduce_range:
-        reason += ", weights in 7 bits because it has no int8 dot product"
-    dtype = torch.int8 if name == "s8s8" else torch.uint8
-    return Scheme(name, reason, dtype, 7 if reduce_range else 8, observer)
+# every value by itself, or with its like in another tensor of the same shape
+BY_VALUE = {
+    aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
+    aten.sigmoid.default, aten.dropout.default, aten.hardtanh.default,
+}  # fmt: skip
+NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads alone
 
 
 class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
     """Annotates a PT2E graph for ONNX Runtime's integer operators.
 
-    num_compute: operators with weights, and matrix products, that were annotated.
+    keep: names of layers that stay float (see `layers`).
+    integer_nodes: the operators that will compute in integers, in the graph's order, once `annotate` has run.
     """
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, keep: Iterable[str] = ()) -> None:
         self.scheme = scheme
-        self.num_compute = 0
+        self.keep = set(keep)
+        self.integer_nodes: dict[Node, None] = {}
+
+    @property
+    def num_compute(self) -> int:
+        """Operators with weights, and matrix products, that were annotated."""
+        return sum(node.target in WEIGHTED | PRODUCTS for node in self.integer_nodes)
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        for node in model.graph.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target in WEIGHTED:
-                self._weighted(node)
-            elif node.target in PRODUCTS:
-                self._operator(node, node.args[:2])
-                self.num_compute += 1
-            elif node.target in ELEMENTWISE and all(_is_float_tensor(arg) for arg in node.args[:2]):
-                self._operator(node, node.args[:2])
-            elif node.target in POOLING:
-                self._operator(node, node.args[:1])
-        for node in model.graph.nodes:
-            if node.op == "call_function" and node.target in MOVING and _is_quantised(node.args[0]):
+        calls = [node for node in model.graph.nodes if node.op == "call_function"]
+        for node in calls:
+            if layer_of(node) not in self.keep and self._runs_in_integers(node):
+                self.integer_nodes[node] = None
+        for node in self.integer_nodes:
+            self._annotate(node)
+        for node in calls:
+            if node.target in MOVING and _is_quantised(node.args[0]):
                 self._moving(node)
+            elif node.target is aten.embedding.default and layer_of(node) not in self.keep:
+                _set(node, {node.args[0]: self.scheme.row_spec}, None)
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Every annotation follows from the graph; nothing can be inconsistent."""
 
-    def _weighted(self, node: Node) -> None:
-        activation, weight = node.args[0], node.args[1]
-        if not isinstance(activation, Node) or not isinstance(weight, Node) or weight.op != "get_attr":
-            return
-        bias = node.args[2] if len(node.args) > 2 else None
-        inputs: dict[Any, Any] = {activation: self.scheme.activation_spec, weight: self.scheme.weight_spec}
-        if isinstance(bias, Node):
-            inputs[bias] = _bias_spec(node, activation, weight)
-        self._annotate(node, inputs)
-        self.num_compute += 1
+    def _runs_in_integers(self, node: Node) -> bool:
+        """Whether the runtime has an integer kernel for `node` whose inputs are cheap to have in integers.
 
-    def _operator(self, node: Node, tensors: Any) -> None:
-        self._annotate(node, {tensor: self.scheme.activation_spec for tensor in tensors})
-
-    def _annotate(self, node: Node, inputs: dict[Any, Any]) -> None:
-        """Quantise the inputs and the output; a relu that alone reads the output is fused into the operator.
-
-        What the graph returns stays float: the engine multiplies in integers and writes the result unrounded.
+        A sum with a float operand, such as a transformer's residual stream, stays float: rounding it would cost
+        quality and two conversions, and save nothing.
         """
+        if node.target in WEIGHTED:
+            return isinstance(node.args[0], Node) and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
+        if node.target in PRODUCTS:
+            return all(_is_float_tensor(argument) for argument in node.args[:2])
+        if node.target in ELEMENTWISE:
+            operands = node.args[:2]
+            return all(map(_is_float_tensor, operands)) and all(
+                self._is_integer(operand) or _is_broadcast(operand, node) for operand in operands
+            )
+        if node.target is aten.cat.default:
+            return all(map(self._is_integer, _tensors(node)))
+        return node.target in UNARY and self._is_integer(node.args[0])
+
+    def _is_integer(self, node: Any) -> bool:
+        """Whether the values of `node` come from an integer operator, or from outside of the graph."""
+        while isinstance(node, Node) and node.target in MOVING | CLAMPING | NORMS:
+            node = node.args[0]
+        return _is_float_tensor(node) and (node in self.integer_nodes or node.op == "placeholder")
+
+    def _annotate(self, node: Node) -> None:
+        """Quantise the inputs, and the output where the next operator or the kernel wants integers.
+
+        A batch norm and a relu that alone read the output are fused into the operator. A linear layer whose output is
+        read in float only, or returned, writes it unrounded.
+        """
+        spec = self.scheme.activation_spec
+        inputs: dict[Any, Any] = {tensor: spec for tensor in _tensors(node)}
+        if node.target in WEIGHTED:
+            inputs[node.args[1]] = self.scheme.weight_spec
+            bias = node.args[2] if len(node.args) > 2 else None
+            if isinstance(bias, Node):
+                inputs[bias] = _bias_spec(node, node.args[0], node.args[1], self.scheme.per_channel)
         last = node
-        if (relu := _only_user(node)) is not None and relu.target in CLAMPING:
-            last = relu
-        output = None if any(user.op == "output" for user in last.users) else self.scheme.activation_spec
-        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
-            input_qspec_map=inputs, output_qspec=output if last is node else None, _annotated=True
-        )
+        for fused in (NORMS if node.target in CONVOLUTIONS else set(), CLAMPING):
+            if (user := _only_user(last)) is not None and user.target in fused:
+                last = user
+        can_write_float = node.target is aten.linear.default or node.target in PRODUCTS
+        writes_float = can_write_float and not any(map(self._reads_integers, last.users))
+        is_returned = any(user.op == "output" for user in last.users) and node.target not in CONVOLUTIONS
+        output = None if writes_float or is_returned else spec
+        _set(node, inputs, output if last is node else None)
         if last is not node:
-            last.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(output_qspec=output, _annotated=True)
+            _set(last, {}, output)
+
+    def _reads_integers(self, node: Node) -> bool:
+        """Whether `node`, or what reads its unchanged values, computes in integers."""
+        if node.target in MOVING:
+            return any(map(self._reads_integers, node.users))
+        return node in self.integer_nodes
 
     def _moving(self, node: Node) -> None:
-        source = node.args[0]
-        output = SharedQuantizationSpec((source, node))
-        if any(user.op == "output" for user in node.users):
-            return
-        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
-            input_qspec_map={source: self.scheme.activation_spec}, output_qspec=output, _annotated=True
-        )
+        if not any(user.op == "output" for user in node.users):
+            source = node.args[0]
+            _set(node, {source: self.scheme.activation_spec}, SharedQuantizationSpec((source, node)))
+
+
+def flatten_linears(graph: GraphModule) -> None:
+    """Let linear layers read matrices, and what works on single rows or values go on with theirs.
+
+    ONNX Runtime then runs them as QGemm, which adds the bias in int32; a product of a higher rank becomes
+    MatMulIntegerToFloat and a second operator that adds the bias.
+    """
+    flat: dict[Node, Node] = {}
+
+    def matrix(source: Node) -> Node:
+        if source not in flat:
+            with graph.graph.inserting_after(source):
+                flat[source] = _reshape(graph, source, [-1, source.meta["val"].shape[-1]])
+        return flat[source]
+
+    rewritten = []
+    for node in list(graph.graph.nodes):
+        is_linear = node.target is aten.linear.default and node.meta["val"].dim() > 2
+        if not is_linear and not (_is_by_row(node) and any(operand in flat for operand in node.args[:2])):
+            continue
+        count = 1 if is_linear else 2
+        arguments = [matrix(a) if i < count and _is_float_tensor(a) else a for i, a in enumerate(node.args)]
+        with graph.graph.inserting_after(node):
+            flat[node] = graph.graph.call_function(node.target, tuple(arguments), dict(node.kwargs))
+        flat[node].meta = {**node.meta, "val": node.meta["val"].reshape(-1, node.meta["val"].shape[-1])}
+        rewritten.append(node)
+    for node in reversed(rewritten):
+        if node.users:
+            shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
+            with graph.graph.inserting_after(flat[node]):
+                node.replace_all_uses_with(_reshape(graph, flat[node], shape))
+        graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _is_by_row(node: Node) -> bool:
+    """Whether `node` computes each row, or each value, of its float operands by itself; they are of one shape."""
+    operands = [operand for operand in node.args[:2] if _is_float_tensor(operand)]
+    if node.target is aten.layer_norm.default:
+        sizes: Any = node.args[1]
+        return len(sizes) == 1
+    if node.target not in BY_VALUE or any(isinstance(operand, Node) for operand in node.args[len(operands) :]):
+        return False
+    shape = node.meta["val"].shape
+    return len(shape) > 2 and all(operand.meta["val"].shape == shape for operand in operands)  # type: ignore[union-attr]
+
+
+def _reshape(graph: GraphModule, source: Node, shape: list[int]) -> Node:
+    reshaped = graph.graph.call_function(aten.reshape.default, (source, shape))
+    reshaped.meta = {**source.meta, "val": source.meta["val"].reshape(shape)}
+    return reshaped
+
+
+def look_up_integers(converted: GraphModule) -> int:
+    """Look rows up in int8 tables, and only then scale them; return how many tables there are.
+
+    PT2E converts the whole table to float at every call.
+    """
+    tables = 0
+    for node in list(converted.graph.nodes):
+        table = node.args[0] if node.target is aten.embedding.default else None
+        if table is None or "dequantize_per_channel" not in str(table.target):
+            continue
+        rows, scales, indices = table.args[0], table.args[1], node.args[1]
+        with converted.graph.inserting_before(node):
+            column = converted.graph.call_function(aten.unsqueeze.default, (scales, 1))
+            integers = converted.graph.call_function(aten.embedding.default, (rows, indices))
+            scale = converted.graph.call_function(aten.embedding.default, (column, indices))
+            floats = converted.graph.call_function(aten.to.dtype, (integers, torch.float32))
+            found = converted.graph.call_function(aten.mul.Tensor, (floats, scale))
+        found.meta = dict(node.meta)
+        node.replace_all_uses_with(found)
+        tables += 1
+    converted.graph.eliminate_dead_code()
+    converted.recompile()
+    return tables
 
 
 def make_room_for_biases(prepared: GraphModule) -> int:
@@ -179,26 +240,54 @@ def make_room_for_biases(prepared: GraphModule) -> int:
         activation, weight, bias = arguments
         if bias is None or bias.op != "call_module":
             continue
-        activation_observer = _attribute(prepared, activation.target)
-        weight_observer = _attribute(prepared, weight.target)
+        activation_observer = attribute(prepared, activation.target)
+        weight_observer = attribute(prepared, weight.target)
         activation_scale, _ = activation_observer.calculate_qparams()
-        values = _attribute(prepared, bias.args[0].target).detach()
+        values = attribute(prepared, bias.args[0].target).detach()
         limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max
         low, high = weight_observer.min_val, weight_observer.max_val
+        limit = limit if high.dim() else limit.max()
         widened += int((limit > torch.maximum(high, -low)).sum())
         high.copy_(torch.maximum(high, limit))
         low.copy_(torch.minimum(low, -limit))
     return widened
 
 
-def _attribute(module: Any, path: Any) -> Any:
+def layer_of(node: Node) -> str:
+    """The name of the module that `node` belongs to, or the node's own outside of any."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return (stack[-1][0] if stack else "") or node.name
+
+
+def layers(graph: GraphModule) -> list[str]:
+    """Names of the layers with weights or matrix products, in order."""
+    compute = WEIGHTED | PRODUCTS | {aten.embedding.default}
+    return list(dict.fromkeys(layer_of(node) for node in graph.graph.nodes if node.target in compute))
+
+
+def matching(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[str]:
+    """The `names` that `patterns` match; StageError for a pattern that matches none, with the nearest names."""
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in names if fnmatch(name, pattern)}
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names[:3])
+            raise StageError(
+                f"{setting} names '{pattern}', which matches none of the {len(names)} layers that could be quantised; "
+                f"nearest are {near}"
+            )
+        found |= matched
+    return found
+
+
+def attribute(module: Any, path: Any) -> Any:
     """The submodule or tensor at a dotted path."""
     for name in path.split("."):
         module = getattr(module, name)
     return module
 
 
-def _bias_spec(node: Node, activation: Node, weight: Node) -> DerivedQuantizationSpec:
+def _bias_spec(node: Node, activation: Any, weight: Any, per_channel: bool) -> DerivedQuantizationSpec:
     """int32, with the scale of the products that it is added to; without it ONNX Runtime leaves Gemm in float."""
 
     def scale_of_products(observers: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,9 +302,21 @@ def _bias_spec(node: Node, activation: Node, weight: Node) -> DerivedQuantizatio
         dtype=torch.int32,
         quant_min=-INT32_MAX,
         quant_max=INT32_MAX,
-        qscheme=torch.per_channel_symmetric,
-        ch_axis=0,
+        qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if per_channel else None,
     )
+
+
+def _set(node: Node, inputs: dict[Any, Any], output: Any) -> None:
+    node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
+
+
+def _tensors(node: Node) -> list[Any]:
+    """The activations that `node` reads."""
+    if node.target is aten.cat.default:
+        parts: Any = node.args[0]
+        return list(parts)
+    return list(node.args[:1] if node.target in WEIGHTED | UNARY else node.args[:2])
 
 
 def _only_user(node: Node) -> Node | None:
@@ -226,6 +327,14 @@ def _only_user(node: Node) -> Node | None:
 def _is_float_tensor(value: Any) -> bool:
     fake = value.meta.get("val") if isinstance(value, Node) else None
     return isinstance(fake, torch.Tensor) and fake.is_floating_point()
+
+
+def _is_broadcast(operand: Any, node: Node) -> bool:
+    """Whether `operand` is stretched to the shape of `node`'s output, and so far smaller than it."""
+    return len(operand.meta["val"].shape) < len(node.meta["val"].shape) or any(
+        isinstance(small, int) and small == 1 and not (isinstance(size, int) and size == 1)
+        for small, size in zip(operand.meta["val"].shape[1:], node.meta["val"].shape[1:], strict=False)
+    )
 
 
 def _is_quantised(node: Any) -> bool:

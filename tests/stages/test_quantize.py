@@ -62,10 +62,10 @@ def test_a_channel_without_weights_keeps_its_bias(context, task) -> None:
     [("avx512_vnni", "u8s8", 8), ("avx2", "u8s8", 7), ("neon_dotprod", "s8s8", 8), ("avx_vnni_int8", "u8s8", 8)],
 )
 def test_types_follow_the_instruction_set(instructions: str, name: str, bits: int) -> None:
-    from optpipe.stages.quantize.placement import scheme
+    from optpipe.stages.quantize.scheme import scheme
     from optpipe.target import Target
 
-    chosen = scheme(Target(instruction_set=InstructionSet(instructions)), "auto", "histogram")
+    chosen = scheme(Target(instruction_set=InstructionSet(instructions)), "auto")
     assert (chosen.name, chosen.weight_bits) == (name, bits)
     assert instructions in chosen.reason
 

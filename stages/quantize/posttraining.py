@@ -1,0 +1,145 @@
+"""Post-training quantisation in three steps, which static, mixed and sensitivity analysis share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from optpipe.context import Context
+from optpipe.errors import StageError
+from optpipe.lower import trace
+from optpipe.progress import quiet
+from optpipe.task import call, tensors_in
+
+with quiet("torch.utils._pytree", "torchao"):  # about its own insides
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    from .placement import (
+        OnnxRuntimeQuantizer,
+        attribute,
+        flatten_linears,
+        layer_of,
+        layers,
+        look_up_integers,
+        make_room_for_biases,
+        matching,
+    )
+    from .scheme import Scheme, scheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .static import Static
+
+
+def scheme_of(settings: Static, ctx: Context) -> Scheme:
+    """The types and ranges that `settings` ask for on the target."""
+    extra = {"percentile": settings.percentile} if settings.observer.value == "percentile" else {}
+    return scheme(
+        ctx.target,
+        settings.signedness.value,
+        observer=settings.observer.value,
+        observer_settings=extra,
+        symmetric=settings.activations.value == "symmetric",
+        per_channel=settings.weights.value == "per_channel",
+    )
+
+
+def prepare(
+    model: nn.Module, settings: Static, ctx: Context, keep: Iterable[str] = ()
+) -> tuple[GraphModule, OnnxRuntimeQuantizer]:
+    """`model` as a graph with an observer at every tensor that will be quantised; `keep` names more float layers.
+
+    Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
+    """
+    graph = trace(model, ctx.task).module(check_guards=False)
+    kept = matching(layers(graph), settings.keep, "keep") | set(keep)
+    flatten_linears(graph)
+    quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
+    prepared = prepare_pt2e(graph, quantizer)
+    if not quantizer.num_compute:
+        raise StageError(
+            "this model has no convolution, linear layer or matrix product that could run in int8"
+            + (f" beside those that keep={settings.keep} leaves in float" if kept else "")
+        )
+    return prepared, quantizer
+
+
+def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context, limit: int) -> None:
+    """Let the observers see at most `limit` batches of calibration data, all of them if it is 0.
+
+    Raises StageError if there is no batch, or a value on the way is NaN or infinite, or always the same: then an
+    observer has no range.
+    """
+    batches = 0
+    with torch.no_grad():
+        split = ctx.task.calibration if not limit else itertools.islice(ctx.task.calibration, limit)
+        for inputs, _ in ctx.progress(split, "calibrating"):
+            outputs = tensors_in(call(prepared, inputs))
+            if not all(torch.isfinite(tensor).all() for tensor in outputs):
+                raise StageError(f"{_first_not_finite(prepared, inputs)}; look at its weights and at that data")
+            batches += 1
+    if not batches:
+        raise StageError("the calibration split is empty; it must hold at least one batch")
+    if limit and batches < limit:
+        raise StageError(
+            f"calibration_batches is {limit}, but the calibration split holds {batches}; lower it, or 0 for all"
+        )
+    constant = _constant_activations(prepared)
+    if constant:
+        ctx.note(
+            f"constant on all calibration data: {', '.join(constant)}; a channel or layer that never changes may be "
+            "dead, or the calibration data too uniform"
+        )
+    if widened := make_room_for_biases(prepared):
+        ctx.note(f"{widened} channels with next to no weights got a coarser scale, so that their bias fits in int32")
+    chosen = quantizer.scheme
+    ctx.record(compute_operators=quantizer.num_compute, calibration_batches=batches, scheme=chosen.name)
+    ctx.note(f"{quantizer.num_compute} operators in int8, {chosen.name}: {chosen.reason}")
+
+
+def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> nn.Module:
+    """The calibrated graph with quantise operators in place of its observers."""
+    converted = convert_pt2e(prepared)
+    if tables := look_up_integers(converted):
+        ctx.note(f"{tables} embedding tables in int8, a scale for each row")
+    if quantizer.keep:
+        ctx.record(float_layers=sorted(quantizer.keep))
+        ctx.note(f"in float: {', '.join(sorted(quantizer.keep))}")
+    quantised: nn.Module = converted
+    return quantised
+
+
+def _first_not_finite(graph: GraphModule, inputs: Any) -> str:
+    """Which operator first gives NaN or infinity on `inputs`, in words."""
+    found: list[str] = []
+
+    class Look(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> Any:
+            value = super().run_node(node)
+            bad = isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+            if bad and not found:
+                found.append(f"'{layer_of(node)}' gives NaN or infinity on calibration data")
+            return value
+
+    arguments = list(inputs.values()) if isinstance(inputs, dict) else inputs
+    Look(graph).run(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
+    return found[0] if found else "the model gives NaN or infinity on calibration data"
+
+
+def _constant_activations(prepared: GraphModule) -> list[str]:
+    """Layers whose activations had one value only throughout calibration."""
+    names = []
+    for node in prepared.graph.nodes:
+        source = node.args[0] if node.op == "call_module" and "activation_post_process" in str(node.target) else None
+        if source is None or source.op == "get_attr":
+            continue
+        observer = attribute(prepared, node.target)
+        low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+        if low is not None and high is not None and low.numel() == 1 and float(low) == float(high):
+            names.append(f"'{layer_of(source)}' ({float(low):g})")
+    return names
