@@ -210,9 +210,14 @@ class Table:
     note: str = ""
 
     def __post_init__(self) -> None:
+        for name in self.columns:
+            if self.columns.count(name) > 1:
+                raise ValueError(f"table '{self.title}' names the column '{name}' twice")
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(f"table '{self.title}' has {len(self.columns)} columns, but a row of {len(row)}: {row}")
+                raise ValueError(
+                    f"table '{self.title}' has {len(self.columns)} columns, but a row of {len(row)}: {row}"
+                )
         self.rows = [[_cell(value, self.title) for value in row] for row in self.rows]
         for names in map(self.drawn, self.chart):
             if unknown := [name for name in names if name not in self.columns[1:]]:
