@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from optpipe.notebook import Result as Result
     from optpipe.notebook import optimize as optimize
     from optpipe.registry import register as register
+    from optpipe.report import Table as Table
     from optpipe.task import Task as Task
 
 _HOME = {
@@ -38,6 +39,7 @@ _HOME = {
     "RecipeError": "errors",
     "Result": "notebook",
     "StageError": "errors",
+    "Table": "report",
     "Task": "task",
     "f1": "metrics",
     "load": "manifest",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from optpipe.measure.measurer import Measurer
-    from optpipe.report import Callers, Latency, Measurement, Sustained
+    from optpipe.report import Callers, Latency, Measurement, Sustained, Table
     from optpipe.task import Task
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ class Context:
     benchmarks: Benchmarks = field(default_factory=Benchmarks)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
 
     def record(self, **facts: Any) -> None:
         """Keep facts for the report: numbers, strings, or lists of them."""
@@ -65,6 +66,10 @@ class Context:
     def note(self, text: str) -> None:
         """Keep a sentence for the report."""
         self.notes.append(text)
+
+    def table(self, table: Table) -> None:
+        """Keep a table for the report, which draws the columns that it names."""
+        self.tables.append(table)
 
     def time(self, model: Any, batch_sizes: Sequence[int], threads: Sequence[int]) -> list[Latency]:
         """Time `model`, of any form, against the baseline on a grid in the target's runtime; the report shows it.

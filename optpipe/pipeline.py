@@ -320,6 +320,7 @@ class Loop:
             measurer=self.measurer,
             facts=result.facts,
             notes=result.notes,
+            tables=result.tables,
         )
 
     def _choose(self, choice: Choice, before: State) -> State:

@@ -25,6 +25,7 @@ from optpipe.report import (
     Roofline,
     StageResult,
     Sustained,
+    Table,
 )
 
 ENVIRONMENT = {
@@ -107,6 +108,16 @@ def full() -> Report:
             attempts=[
                 Attempt(method="dynamic", ok=False, reason="no linear layer"),
                 Attempt(method="static", ok=True, reason="0.500 ms"),
+            ],
+            tables=[
+                Table(
+                    title="Every layer alone", columns=["layer", "kind", "SQNR, dB", "noise", "Δ²/12"],
+                    rows=[
+                        ["conv1", "Conv2d", 31.44, 2.5e-6, 2.25e-6],
+                        ["head <b>", "Linear", float("inf"), 0.125, None],
+                    ],
+                    chart=["SQNR, dB", ["noise", "Δ²/12"]], note="Low is bad.",
+                ),
             ],
         ),
         StageResult(

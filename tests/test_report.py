@@ -115,7 +115,8 @@ def test_every_part_of_a_run_is_on_the_page(tmp_path: Path) -> None:
         "4.00 × smaller", "100 KB → 25.0 KB", "4.00 × faster", "2.00 × faster", "−1.00 points",
         "[−2.00, 0.00]", "no difference can be told",  # headline
         "↩ rolled back", "= unchanged", "reused from an earlier run", "dynamic", "no linear layer",
-        "scheme", "u8s8", "0.5, 0.25", "quality_drop was 3.00 points",  # steps
+        "scheme", "u8s8", "Every layer alone", "Conv2d", "31.4", "2.50 × 10⁻⁶", "∞", "Low is bad.",  # a table of a step
+        "0.5, 0.25", "quality_drop was 3.00 points",  # steps
         "0.800 [0.780, 0.820]", "▼ slower", "4,321", "12.5 ms", "3.25 ms", "60.0 MB", "4.20 mJ",  # calls
         "3,456", "1.12 of the first’s",  # callers, sustained
         "quality_drop is 3.00 points, above 2.00", "✗ no , undecided",  # budget
@@ -164,7 +165,7 @@ def test_users_text_is_not_markup(tmp_path: Path) -> None:
 def test_pictures_are_described_and_hold_every_step(tmp_path: Path) -> None:
     text = write_page(reports.full(), reports.write_run(tmp_path / "run", reports.full())).read_text()
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 6
+    assert len(pictures) == 8
     for picture in pictures:
         assert 'role="img"' in picture and "<title" in picture and "nan" not in picture and "inf" not in picture
     for key in ("prune", "prune_more (rolled back)", "quantize"):

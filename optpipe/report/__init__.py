@@ -17,10 +17,11 @@ from optpipe.report.schema import (
     Roofline,
     StageResult,
     Sustained,
+    Table,
     Verdict,
 )
 
 __all__ = [
     "Attempt", "BudgetReport", "Callers", "Check", "Final", "Finding", "Group", "Latency", "Measurement", "NotMeasured",
-    "Operator", "Quality", "Report", "Roofline", "StageResult", "Sustained", "Verdict",
+    "Operator", "Quality", "Report", "Roofline", "StageResult", "Sustained", "Table", "Verdict",
 ]  # fmt: skip

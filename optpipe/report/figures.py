@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from optpipe.report.schema import Interval, Latency, Measurement, NotMeasured, Quality, StageResult, Verdict
+from optpipe.report.schema import Cell, Interval, Latency, Measurement, NotMeasured, Quality, StageResult, Verdict
 
 T = TypeVar("T")
 MINUS = "−"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 MARKS = {"ok": "✓", "unchanged": "=", "rolled_back": "↩", "failed": "✗", "over_budget": "!"}
 STATUS = {
     "ok": "ok",
@@ -39,6 +40,43 @@ def short(value: float) -> str:
     """As on an axis: three significant digits, without the zeros behind them."""
     said = number(value)
     return said.rstrip("0").rstrip(".") if "." in said else said
+
+
+def scientific(value: float, decimals: int = 2) -> str:
+    """As in 2.30 × 10⁻⁶; a power of ten without its 1."""
+    if value == 0 or not math.isfinite(value):
+        return number(value)
+    mantissa, _, exponent = f"{value:.{decimals}e}".partition("e")
+    power = f"10{str(int(exponent)).translate(SUPERSCRIPTS)}"
+    mantissa = mantissa.replace("-", MINUS)
+    return power if not decimals and mantissa == "1" else f"{mantissa} × {power}"
+
+
+def tick(value: float) -> str:
+    """On the axis of any range."""
+    return short(value) if value == 0 or 1e-3 <= abs(value) < 1e5 else scientific(value, 0)
+
+
+def aligned(cells: Sequence[Cell]) -> list[str]:
+    """A column of a table, its numbers with digits that are compared at a glance."""
+    found = [cell for cell in cells if isinstance(cell, int | float)]
+    form = _form_of_column(found)
+    return ["–" if cell is None else cell if isinstance(cell, str) else form(cell) for cell in cells]
+
+
+def _form_of_column(numbers: Sequence[float]) -> Callable[[float], str]:
+    """Whole numbers; as many decimals for all; each its own; or powers of ten."""
+    if all(isinstance(value, int) for value in numbers):
+        return lambda value: f"{value:,}".replace("-", MINUS)
+    sizes = [abs(value) for value in numbers if value]
+    small, large = min(sizes, default=1.0), max(sizes, default=1.0)
+    if small < 1e-4 or large >= 1e7:
+        return scientific
+    if large / small >= 1e3:
+        return number
+    decimals = 2 - math.floor(math.log10(large))
+    decimals = max(0, decimals + (small < 10.0**-decimals))
+    return lambda value: f"{value:,.{decimals}f}".replace("-", MINUS) if value else "0"
 
 
 def signed(value: float, decimals: int) -> str:

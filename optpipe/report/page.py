@@ -23,6 +23,7 @@ from optpipe.report.schema import (
     Report,
     StageResult,
 )
+from optpipe.report.tables import View
 
 PAGE = "report.html"
 AS_IT_CAME = "as it came in"
@@ -137,6 +138,11 @@ class Page:
         title = "Difference in quality from the model as it came in, after every step"
         shown = unit
         return charts.dots("quality", title, rows, lambda v: figures.quality_change(shown, v) if shown else "")
+
+    def tables(self, stage: StageResult) -> list[View]:
+        """What a step found out; the ids of its parts are its place in the run."""
+        place = self.report.stages.index(stage) + 1
+        return [View(table, f"table-{place}-{number}") for number, table in enumerate(stage.tables, 1)]
 
     # Of the model that came out.
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,8 @@ RunStatus = Literal["ok", "failed", "over_budget"]
 StageStatus = Literal["ok", "unchanged", "rolled_back", "failed"]
 Verdict = Literal["faster", "slower", "same"]
 Interval = tuple[float, float]
+Cell = str | float | int | None  # of a table; None where there is nothing to say
+TOGETHER = 3  # columns that one picture tells apart
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,61 @@ class Attempt:
 
 
 @dataclass(kw_only=True)
+class Table:
+    """What a stage found out of each layer, round or setting, and how it is drawn.
+
+    Numbers may be NumPy's. What JSON has no number for is kept in words: ∞, −∞, unknown.
+    """
+
+    title: str
+    columns: list[str]  # with their units: "SQNR, dB"
+    rows: list[list[Cell]]
+    chart: list[str | list[str]] = field(default_factory=list)  # a picture over the first column for each; a list: one
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.columns:
+            if self.columns.count(name) > 1:
+                raise ValueError(f"table '{self.title}' names the column '{name}' twice")
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table '{self.title}' has {len(self.columns)} columns, but a row of {len(row)}: {row}"
+                )
+        self.rows = [[_cell(value, self.title) for value in row] for row in self.rows]
+        for names in map(self.drawn, self.chart):
+            if unknown := [name for name in names if name not in self.columns[1:]]:
+                known = ", ".join(self.columns[1:])
+                raise ValueError(f"table '{self.title}' draws '{unknown[0]}', which is none of its columns {known}")
+            if len(names) > TOGETHER:
+                raise ValueError(f"table '{self.title}' draws {len(names)} columns in one picture; {TOGETHER} at most")
+
+    @staticmethod
+    def drawn(entry: str | list[str]) -> list[str]:
+        """The columns of one picture, of which `chart` lists several."""
+        return [entry] if isinstance(entry, str) else entry
+
+    def column(self, name: str) -> list[Cell]:
+        """What stands in one column, from top to bottom."""
+        place = self.columns.index(name)
+        return [row[place] for row in self.rows]
+
+
+def _cell(value: Any, title: str) -> Cell:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if not isinstance(value, Real):
+        kind = type(value).__name__
+        raise ValueError(f"table '{title}' holds {value!r} of type {kind}; give a number, a string or None")
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "unknown" if math.isnan(number) else "∞" if number > 0 else "−∞"
+
+
+@dataclass(kw_only=True)
 class StageResult:
     """One step of the pipeline."""
 
@@ -206,6 +265,7 @@ class StageResult:
     attempts: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

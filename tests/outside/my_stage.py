@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from optpipe import StageError, register
+from optpipe import StageError, Table, register
 
 
 class Layer(Enum):
@@ -23,11 +23,14 @@ class Weights:
             raise ValueError(f"limit is {self.limit}; it must be above 0")
 
     def run(self, model, ctx):
-        clipped = 0
-        for parameter in model.parameters():
+        clipped, largest = 0, []
+        for name, parameter in model.named_parameters():
             clipped += int((parameter.abs() > self.limit).sum())
             parameter.data.clamp_(-self.limit, self.limit)
+            largest.append([name, float(parameter.detach().abs().max())])
         ctx.record(clipped=clipped)
+        columns = ["tensor", "largest weight"]
+        ctx.table(Table(title="After clipping", columns=columns, rows=largest, chart=["largest weight"]))
         return model
 
 
