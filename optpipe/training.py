@@ -55,10 +55,14 @@ def fit(
     fabric: Fabric | None = None,
     judge: Callable[[nn.Module], float] | None = None,
     description: str = "training",
+    on_epoch: Callable[[int], None] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> History:
     """Train `model` in place and leave it, in eval mode, as it was after its best epoch.
 
     judge: score of the model after an epoch, higher is better; without it the last epoch counts as the best.
+    on_epoch: called at the start of each epoch with its number, from 1; the model is in train mode.
+    after_step: called after each step of the optimizer, for example to put back zeros that must stay.
     Raises StageError if a loss is not a finite number, or 0 throughout an epoch.
     """
     if fabric is None:
@@ -76,6 +80,8 @@ def fit(
     epochs = range(1, schedule.epochs + 1)
     for epoch in epochs:
         model.train()
+        if on_epoch:
+            on_epoch(epoch)
         total = 0.0
         for inputs, target in track(batches, f"{description}, epoch {epoch} of {schedule.epochs}", steps):
             inputs, target = fabric.to_device((inputs, target))
@@ -88,6 +94,8 @@ def fit(
             optimizer.zero_grad()
             fabric.backward(value)
             optimizer.step()
+            if after_step:
+                after_step()
             rate.step()
             total += value.item()
         history.losses.append(total / steps)
