@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from optpipe.errors import StageError
 from optpipe.predictions import is_multilabel
-from optpipe.task import Inputs, Task, call
+from optpipe.task import Inputs, Task, call, tensors_in
 
 REMEDY = (
     "give a student whose outputs have the teacher's shapes, for example by student_args, or train it on the labels "
@@ -49,13 +49,14 @@ class Imitation:
     """
 
     teacher: nn.Module
-    task: Task
+    task_loss: Callable[[Any, Any], Tensor]
     alpha: float
     temperature: float
     kinds: dict[str, Kind] = field(default_factory=dict)  # of each output, known after the first batch
     _dimensions: dict[str, int] = field(default_factory=dict)  # that of the classes
 
     def __call__(self, inputs: Inputs, outputs: Any, target: Any) -> Tensor:
+        self.teacher.to(tensors_in(inputs)[0].device)
         with torch.no_grad():
             wanted = call(self.teacher, inputs)
         return self.loss(outputs, wanted, target)
@@ -63,8 +64,8 @@ class Imitation:
     def loss(self, outputs: Any, wanted: Any, target: Any) -> Tensor:
         """The loss of a student's `outputs` where the teacher gave `wanted`. StageError if their shapes differ."""
         check_outputs_fit(outputs, wanted)
-        total = (1 - self.alpha) * self.task.loss(outputs, target) if self.alpha < 1 else 0.0
-        targets = _targets(outputs, target, self.task)
+        total = (1 - self.alpha) * self.task_loss(outputs, target) if self.alpha < 1 else 0.0
+        targets = _targets(outputs, target, self.task_loss)
         parts = dict(named_tensors(wanted))
         soft = [
             self._soft(name, part, parts[name], targets.get(name))
@@ -81,7 +82,7 @@ class Imitation:
 
     def _soft(self, name: str, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
         if name not in self.kinds:
-            self.kinds[name], self._dimensions[name] = _kind(student, target, self.task)
+            self.kinds[name], self._dimensions[name] = _kind(student, target, self.task_loss)
         if self.kinds[name] is Kind.values:
             return F.mse_loss(student, teacher)
         student, teacher, t = student / self.temperature, teacher / self.temperature, self.temperature
@@ -91,24 +92,23 @@ class Imitation:
         kl = F.kl_div(
             F.log_softmax(student, dimension), F.log_softmax(teacher, dimension), reduction="none", log_target=True
         ).sum(dimension)
-        counted = _counted(target, kl, self.task)
+        counted = _counted(target, kl, self.task_loss)
         return t * t * (kl.mean() if counted is None else (kl * counted).sum() / counted.sum().clamp(min=1))
 
 
 def imitation(teacher: nn.Module, task: Task, *, alpha: float, temperature: float) -> Imitation:
-    """The loss of a student of `teacher`, which is put in eval mode and must be on the student's device."""
-    return Imitation(teacher.eval(), task, alpha, temperature)
+    """The loss of a student of `teacher`, which is put in eval mode and follows its inputs to their device."""
+    return Imitation(teacher.eval(), task.loss, alpha, temperature)
 
 
 def check_outputs_fit(student: Any, teacher: Any) -> None:
-    """Raises StageError unless the outputs of both are floating-point tensors of the same shapes."""
-    shapes = [_shapes(outputs) for outputs in (student, teacher)]
-    if shapes[0] != shapes[1]:
+    """Raises StageError unless both give tensors of the same shapes, some of them floating-point."""
+    if shapes_of(student) != shapes_of(teacher):
         raise StageError(
-            f"the student cannot imitate its teacher: the student gives {_text(shapes[0])} and the teacher "
-            f"{_text(shapes[1])}; {REMEDY}"
+            f"the student cannot imitate its teacher: the student gives {shapes_of(student)} and the teacher "
+            f"{shapes_of(teacher)}; {REMEDY}"
         )
-    if not shapes[0]:
+    if not any(tensor.is_floating_point() for _, tensor in named_tensors(teacher)):
         raise StageError(
             f"the teacher returns {type(teacher).__name__} without a floating-point tensor, so there is nothing to "
             "imitate; train on the labels alone with distill/finetune"
@@ -124,30 +124,26 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from named_tensors(item, f"{name}.{part}" if name else str(part))
 
 
-def _shapes(outputs: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in named_tensors(outputs) if tensor.is_floating_point()}
+def shapes_of(value: Any) -> str:
+    """Of all tensors in `value`, as in "[(16, 4)]" or "[logits (16, 4), box (16, 2)]"."""
+    return "[" + ", ".join(f"{name} {tuple(tensor.shape)}".strip() for name, tensor in named_tensors(value)) + "]"
 
 
-def _text(shapes: dict[str, tuple[int, ...]]) -> str:
-    """As in "[(16, 4)]" or "[logits (16, 4), box (16, 2)]"."""
-    return "[" + ", ".join(f"{name} {shape}".strip() for name, shape in shapes.items()) + "]"
-
-
-def _targets(outputs: Any, target: Any, task: Task) -> dict[str, Tensor]:
+def _targets(outputs: Any, target: Any, task_loss: Any) -> dict[str, Tensor]:
     """The target of each output that has one."""
     parts, targets = dict(named_tensors(outputs)), dict(named_tensors(target))
     if set(targets) != {""} or "" in parts:
         return {name: targets[name] for name in parts if name in targets}
-    fits = (name for name, part in parts.items() if _kind(part, targets[""], task)[0] is not Kind.values)
+    fits = (name for name, part in parts.items() if _kind(part, targets[""], task_loss)[0] is not Kind.values)
     return {next(fits, next(iter(parts), "")): targets[""]}
 
 
-def _kind(outputs: Tensor, target: Any, task: Task) -> tuple[Kind, int]:
+def _kind(outputs: Tensor, target: Any, task_loss: Any) -> tuple[Kind, int]:
     """The kind of `outputs` and, for classes, their dimension."""
     if not isinstance(target, Tensor) or not outputs.is_floating_point():
         return Kind.values, 0
-    cross_entropy = task.loss is F.cross_entropy or isinstance(task.loss, nn.CrossEntropyLoss)
-    bernoulli = task.loss is F.binary_cross_entropy_with_logits or isinstance(task.loss, nn.BCEWithLogitsLoss)
+    cross_entropy = task_loss is F.cross_entropy or isinstance(task_loss, nn.CrossEntropyLoss)
+    bernoulli = task_loss is F.binary_cross_entropy_with_logits or isinstance(task_loss, nn.BCEWithLogitsLoss)
     if target.shape == outputs.shape and outputs.dim() > 1:
         if cross_entropy and target.is_floating_point():
             return Kind.classes, 1
@@ -166,11 +162,11 @@ def _without(shape: torch.Size, dimension: int) -> tuple[int, ...]:
     return tuple(size for d, size in enumerate(shape) if d != dimension)
 
 
-def _counted(target: Any, kl: Tensor, task: Task) -> Tensor | None:
+def _counted(target: Any, kl: Tensor, task_loss: Any) -> Tensor | None:
     """The positions that the task's loss counts; None where all do."""
     if not isinstance(target, Tensor) or target.shape != kl.shape or target.is_floating_point():
         return None
-    return target != getattr(task.loss, "ignore_index", -100)  # torch's default
+    return target != getattr(task_loss, "ignore_index", -100)  # torch's default
 
 
 def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
