@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 import torch
 
+from optpipe.checkpoint import random_state, set_random_state
 from optpipe.errors import StageError
 from optpipe.training import History, Training, make_fabric, train
 
@@ -25,7 +26,7 @@ def train_in_processes(training: Training, device: torch.device) -> History:
         raise StageError(f"processes is {processes}, but this machine has {torch.cuda.device_count()} GPU(s)")
     training.model.to("cpu")
     try:
-        payload = cloudpickle.dumps(training)
+        payload = cloudpickle.dumps((training, random_state()))
     except Exception as error:  # the user's own model or data: whatever its pickling raises
         raise StageError(
             f"processes is {processes}, but the model, data or loss cannot be sent to other processes "
@@ -52,7 +53,9 @@ def train_in_processes(training: Training, device: torch.device) -> History:
 
 def _work(fabric: Fabric, payload: bytes, result: str) -> None:
     """One of the processes; the first one writes what came out."""
-    training: Training = cloudpickle.loads(payload)
+    training: Training
+    training, state = cloudpickle.loads(payload)
+    set_random_state(state)
     try:
         history = train(training, fabric)
         found: dict[str, Any] = {"error": None, "model": training.model.cpu().state_dict(), "history": asdict(history)}

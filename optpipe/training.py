@@ -179,7 +179,8 @@ class _Loop:
         if self.fabric.world_size == 1:
             yield from track(self.training.batches, what, self.steps)
             return
-        seed = self.fabric.broadcast(int(torch.randint(2**31, ())) if self.fabric.is_global_zero else 0)
+        with torch.random.fork_rng(devices=[]):  # the data come in the order that one process would see
+            seed = self.fabric.broadcast(int(torch.randint(2**31, ())))
         if not self.fabric.is_global_zero:  # its dropout is its own, and the same when a training goes on
             torch.manual_seed(seed + self.fabric.global_rank)
         source = iter(track(self.training.batches, what, self.steps)) if self.fabric.is_global_zero else iter(())
