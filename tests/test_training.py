@@ -218,6 +218,7 @@ def test_two_processes_train_as_one_does() -> None:
     assert together.best_epoch == alone.best_epoch
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_another_process_is_told_here() -> None:
     model = plain_network()
     nn.init.constant_(model[1].weight, float("inf"))
