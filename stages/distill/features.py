@@ -30,13 +30,18 @@ class Features(Imitating):
     convolution's channels: a 1×1 convolution) maps the student's to the teacher's; it is trained along and thrown away.
     """
 
-    hints: dict[str, str] = field(default_factory=dict)  # student's layer: teacher's; without, the middle one of both
+    hints: list[str] = field(default_factory=list)  # layers of the student; without, the middle block that both have
+    teacher_hints: list[str] = field(default_factory=list)  # what each of them learns from; without, its namesake
     hint_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hint_weight <= 0:
             raise ValueError(f"hint_weight is {self.hint_weight}; it must be above 0, or use distill/logits")
+        if self.teacher_hints and len(self.teacher_hints) != len(self.hints):
+            raise ValueError(
+                f"hints names {len(self.hints)} layers and teacher_hints {len(self.teacher_hints)}; give one for each"
+            )
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         from dataclasses import replace
@@ -62,18 +67,26 @@ class Features(Imitating):
         return student
 
     def _hints(self, student: Shapes, teacher: Shapes) -> dict[str, str]:
-        """The layers to compare; the middle one that both have, as in the paper, where the settings name none."""
-        for whose, layers, names in (("student", student, self.hints), ("teacher", teacher, self.hints.values())):
+        """The layers to compare; the middle one of those with layers inside, as in the paper, where none is named."""
+        asked = [("hints", "student", student, self.hints)]
+        asked += [
+            ("teacher_hints" if self.teacher_hints else "hints", "teacher", teacher, self.teacher_hints or self.hints)
+        ]
+        for setting, whose, layers, names in asked:
             for name in names:
                 if name not in layers:
                     hint = did_you_mean(name, layers) or f"; it has, for example, {list(layers)[:3]}"
                     raise StageError(
-                        f"hints names '{name}', which is no layer of the {whose} that gives a tensor{hint}"
+                        f"{setting} names '{name}', which is no layer of the {whose} that gives a tensor{hint}"
                     )
+        if self.hints:
+            return dict(zip(self.hints, self.teacher_hints or self.hints, strict=True))
         common = [name for name in student if name in teacher]
-        if not (self.hints or common):
+        blocks = [name for name in common if any(other.startswith(f"{name}.") for other in student)]
+        if not common:
             raise StageError(
-                f"student and teacher have no layer of the same name; give hints, for example "
-                f"{{{next(iter(student), 'layer')}: {next(iter(teacher), 'layer')}}}"
+                "student and teacher have no layer of the same name; give hints and teacher_hints, for example "
+                f"hints=[{next(iter(student), '')}] teacher_hints=[{next(iter(teacher), '')}]"
             )
-        return self.hints or {common[len(common) // 2]: common[len(common) // 2]}
+        middle = (blocks or common)[len(blocks or common) // 2]
+        return {middle: middle}

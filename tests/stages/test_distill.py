@@ -80,6 +80,7 @@ def test_settings_that_are_wrong_in_themselves(settings, words) -> None:
         (Logits, {"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
         (Features, {"alpha": 2.0}, "alpha is 2.0; it must be between 0 and 1"),
         (Features, {"hint_weight": 0.0}, "hint_weight is 0.0; it must be above 0, or use distill/logits"),
+        (Features, {"hints": ["a"], "teacher_hints": ["a", "b"]}, "hints names 1 layers and teacher_hints 2"),
         (Logits, {"student": "make"}, "student is 'make'; it must be the dotted path of a callable"),
         (Finetune, {"student_args": {"width": 8}}, "student_args are given without a student"),
     ],
@@ -134,8 +135,8 @@ def test_a_teacher_of_any_kind_of_outputs_is_imitated(kind, context) -> None:
     judge = imitation(copy.deepcopy(teacher), task, alpha=1.0, temperature=2.0)
     before = float(judge(inputs, student(inputs), target).detach())
     assert float(judge(inputs, teacher(inputs), target).detach()) == pytest.approx(0, abs=1e-6)
-    student = Logits(epochs=30, learning_rate=0.05, alpha=1.0, held_out=0.25).run(student, ctx)
-    assert float(judge(inputs, student(inputs), target).detach()) < 0.05 * before
+    student = Logits(epochs=20, learning_rate=0.05, alpha=1.0, held_out=0.25).run(student, ctx)
+    assert float(judge(inputs, student(inputs), target).detach()) < 0.1 * before
     assert ctx.facts["outputs"] == judge.describe() == told
 
 
@@ -156,7 +157,9 @@ def test_hints_bring_the_layers_of_a_narrower_student_closer(model, context, tas
     student = Channels(ratio=0.5).run(copy.deepcopy(model), context(model))
     names = dict(student.named_modules())
     ctx = context(model)
-    trained = Features(epochs=3, hints={"stem": "stem", "conv": "norm"}, held_out=0.25).run(student, ctx)
+    trained = Features(epochs=3, hints=["stem", "conv"], teacher_hints=["stem", "norm"], held_out=0.25).run(
+        student, ctx
+    )
     assert dict(trained.named_modules()).keys() == names.keys()  # neither projections nor hooks are left
     assert not any(module._forward_hooks for module in trained.modules())
     assert trained(task.example_inputs).shape == (16, 4)
@@ -165,7 +168,7 @@ def test_hints_bring_the_layers_of_a_narrower_student_closer(model, context, tas
     def unlikeness(weight: float) -> float:
         student, ctx = copy.deepcopy(model), context(model)
         nn.init.normal_(student.conv.weight)
-        student = Features(epochs=20, hints={"conv": "conv"}, hint_weight=weight, held_out=0.25).run(student, ctx)
+        student = Features(epochs=12, hints=["conv"], hint_weight=weight, held_out=0.25).run(student, ctx)
         with torch.no_grad():
             seen = [network.conv(network.stem(task.example_inputs)).flatten(1) for network in (student, model)]
         return 1 - float(torch.cosine_similarity(*seen).mean())
@@ -177,21 +180,27 @@ def test_without_names_the_middle_layer_of_both_is_the_hint(model, context) -> N
     ctx = context(model)
     Features(epochs=1).run(copy.deepcopy(model), ctx)
     assert len(ctx.facts["hints"]) == 1
-    with pytest.raises(StageError, match="no layer of the same name; give hints, for example"):
+    with pytest.raises(StageError, match="no layer of the same name; give hints and teacher_hints, for example"):
         Features(epochs=1).run(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), context(model))
 
 
 @pytest.mark.parametrize(
     ("hints", "words"),
     [
-        ({"stam": "stem"}, "hints names 'stam', which is no layer of the student.*did you mean 'stem'"),
-        ({"stem": "cnv"}, "hints names 'cnv', which is no layer of the teacher.*did you mean 'conv'"),
-        ({"stem": "head"}, r"compares 'stem', which gives \(16, 32, 8, 8\).*'head', which gives \(16, 4\)"),
+        ({"hints": ["stam"]}, "hints names 'stam', which is no layer of the student.*did you mean 'stem'"),
+        (
+            {"hints": ["stem"], "teacher_hints": ["cnv"]},
+            "teacher_hints names 'cnv', which is no layer of the teacher.*did you mean 'conv'",
+        ),
+        (
+            {"hints": ["stem"], "teacher_hints": ["head"]},
+            r"compares 'stem', which gives \(16, 32, 8, 8\).*'head', which gives \(16, 4\)",
+        ),
     ],
 )
 def test_hints_that_cannot_be_compared_are_refused(hints, words, model, context) -> None:
     with pytest.raises(StageError, match=words):
-        Features(hints=hints).run(copy.deepcopy(model), context(model))
+        Features(**hints).run(copy.deepcopy(model), context(model))
 
 
 def small(width: int = 8, classes: int = 4) -> nn.Module:
@@ -215,7 +224,7 @@ def test_a_student_of_another_architecture_is_named_in_the_settings(here, model,
     student = Logits(student=f"{here}.small", student_args={"width": 6}, epochs=2).run(model, ctx)
     assert student[0].out_channels == 6 and student(task.example_inputs).shape == (16, 4)
     assert any("the student is my_students.small" in note for note in ctx.notes)
-    hinted = Features(student=f"{here}.small", hints={"0": "conv"}, epochs=1)
+    hinted = Features(student=f"{here}.small", hints=["0"], teacher_hints=["conv"], epochs=1)
     with pytest.raises(StageError, match=r"\(16, 8, 6, 6\).*only their width may differ: name layers of the same"):
         hinted.run(model, context(model))
 
