@@ -61,37 +61,36 @@ def _not_importable(module: str) -> str | None:
 
 def build_task(data: Data, subject: str) -> Task:
     """Call the data factory. Raises RecipeError if that fails."""
-    task: Task = _call("data", data.factory, data.args, subject)
+    task: Task = call_factory("data.factory", data.factory, data.args, subject)
     return task
 
 
 def build_model(model: Model, subject: str) -> nn.Module:
     """Call the model factory and load the weights file. Raises RecipeError if either fails."""
-    module: nn.Module = _call("model", model.factory, model.args, subject)
+    module: nn.Module = call_factory("model.factory", model.factory, model.args, subject)
     if model.weights:
         _load_weights(module, Path(model.weights), subject)
     return module
 
 
-def _call(key: str, factory: str, args: dict[str, Any], subject: str) -> Any:
+def call_factory(setting: str, factory: str, args: dict[str, Any], subject: str) -> Any:
+    """Call what the dotted path `factory`, given by `setting`, names. Raises RecipeError if that fails."""
     module_name, _, name = factory.rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's own code: whatever it raises is theirs to read
         reason = f"importing '{module_name}' failed ({type(error).__name__}: {error})"
-        raise RecipeError([f"{key}.factory is '{factory}', but {reason}"], subject) from error
+        raise RecipeError([f"{setting} is '{factory}', but {reason}"], subject) from error
     function = getattr(module, name, None)
     if not callable(function):
         hint = did_you_mean(name, vars(module))
-        raise RecipeError(
-            [f"{key}.factory is '{factory}', but '{module_name}' has no callable '{name}'{hint}"], subject
-        )
+        raise RecipeError([f"{setting} is '{factory}', but '{module_name}' has no callable '{name}'{hint}"], subject)
     try:
         return function(**args)
     except KeyboardInterrupt:
         raise
     except Exception as error:
-        raise RecipeError([f"{key}.factory '{factory}' raised {type(error).__name__}: {error}"], subject) from error
+        raise RecipeError([f"{setting} '{factory}' raised {type(error).__name__}: {error}"], subject) from error
 
 
 def _load_weights(module: nn.Module, path: Path, subject: str) -> None:
