@@ -60,6 +60,7 @@ class Static:
     signedness: Signedness = Signedness.auto
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay float
     calibration_batches: int = 0  # at most; 0 takes all of the task's calibration split
+    sensitivity: bool = False  # whether the report shows what each layer costs; takes one validation run for each
 
     def __post_init__(self) -> None:
         if self.calibration_batches < 0:
@@ -68,8 +69,14 @@ class Static:
             raise ValueError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
+        import copy
+
         from .posttraining import calibrate, convert, prepare
+        from .sensitivity import Sensitivity, table
 
         prepared, quantizer = prepare(model, self, ctx)
         calibrate(prepared, quantizer, ctx, self.calibration_batches)
+        if self.sensitivity:
+            found = Sensitivity(copy.deepcopy(prepared), quantizer, ctx).analyse()
+            ctx.table(table(found, ctx.task.metric.unit))
         return convert(prepared, quantizer, ctx)
