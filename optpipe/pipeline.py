@@ -7,15 +7,16 @@ import hashlib
 import itertools
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from optpipe import manifest, parity
+from optpipe import contest, manifest, parity
 from optpipe.budget import AT_LEAST, Estimate, Policy, estimates, judge
+from optpipe.contest import Entrant
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
@@ -24,9 +25,9 @@ from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
-from optpipe.plan import Choice, Entry, Plan, Step
+from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, forms_along
 from optpipe.progress import log, say
-from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult
+from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
 from optpipe.task import Task
 from optpipe.tracking import Tracker
@@ -82,7 +83,8 @@ def run(
         finally:
             report.seconds = time.perf_counter() - started
             report.measuring_seconds = loop.measurer.seconds
-            known = report.model_seconds + report.measuring_seconds + sum(stage.seconds for stage in report.stages)
+            own = sum(stage.seconds for stage in report.stages)
+            known = report.model_seconds + report.measuring_seconds + own + loop.given_up_seconds
             report.overhead_seconds = report.seconds - known
             _write(report, folder)
             tracker.finish(report, folder)
@@ -96,6 +98,36 @@ def _write(report: Report, folder: Path) -> None:
         write_page(report, folder)
     except OSError as error:
         say(f"the report could not be written to {folder}: {error}")
+
+
+@dataclass
+class _Branch:
+    """An alternative that was tried."""
+
+    method: str
+    refused: str = ""  # why it is not to be taken
+    state: State | None = None  # None if it failed
+    entrant: Entrant | None = None
+    results: list[StageResult] = field(default_factory=list)
+
+    def attempt(self, chosen: bool) -> Attempt:
+        """For the report."""
+        seconds = sum(result.seconds for result in self.results)
+        if self.entrant is None:
+            return Attempt(method=self.method, ok=False, reason=self.refused, seconds=seconds)
+        measurement, drop = self.entrant.measurement, self.entrant.drop
+        parts = [self.refused, self.entrant.said(), *self.entrant.broken.values()]
+        return Attempt(
+            method=self.method,
+            ok=not self.refused,
+            reason="; ".join(dict.fromkeys(filter(None, parts))),
+            chosen=chosen,
+            seconds=seconds,
+            latency=figures.headline(measurement),
+            size_bytes=measurement.size_bytes,
+            quality_drop=drop.value,
+            quality_drop_ci95=drop.ci95,
+        )
 
 
 class Loop:
@@ -112,6 +144,7 @@ class Loop:
         self.number = 0
         self.states: list[State] = []  # before each entry that is done, and the current one; the past have no models
         self.tries: dict[str, list[Attempt]] = {}  # by step, of the settings that `relax` lists
+        self.given_up_seconds = 0.0  # stages' own work whose results the report does not hold
         self.broken: list[str] = []  # limits of single steps that nothing could be done about
 
     def run(self) -> None:
@@ -213,6 +246,7 @@ class Loop:
             say(f"  over budget: {said}; trying '{entry.key}' again with {milder}")
             for result in self.report.stages[self.states[index].results :]:
                 self.tracker.rolled_back(result)
+                self.given_up_seconds += result.seconds
             del self.report.stages[self.states[index].results :]
             del self.states[index + 1 :]
             self.states[-1] = self.states[-1].reloaded()
@@ -324,59 +358,132 @@ class Loop:
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
-        """The first branch that runs inside the budget, or the fastest of all that do.
+        """The first branch that runs inside the budget, or the best of all that do and of the model before them.
 
-        Where every branch breaks a limit on anything but quality, the first, or the fastest, of those that keep their
-        quality goes on: later steps may still make it hold, and the run's end says whether they did.
+        A limit on anything but quality may be broken: later steps may still make it hold, and the run's end says
+        whether they did. Such a branch is taken where no other holds the limit.
         """
-        attempts: list[Attempt] = []
-        done: list[tuple[bool, float, State, list[StageResult]]] = []
-        tried: list[StageResult] = []
-        kept = len(self.report.stages)
-        for number, branch in enumerate(choice.branches, 1):
-            method = "+".join(step.key for step in branch)
-            state = before.reloaded()
-            try:
-                for step in branch:
-                    state = self._step(step, state, self._dir(choice) / f"{number}_{step.key}")
-                checks = [check for check in self._checks_of(choice, state) if not check.holds]
-                broken = [check.said for check in checks if check.limit == "quality_drop"]
-                wished = [check.said for check in checks if check.limit != "quality_drop"]  # a later step may help
-            except StageError as error:
-                broken, wished = [str(error)], []
-            latency = state.measurement.headline()
-            attempts.append(
-                Attempt(method=method, ok=not broken, reason="; ".join(broken or [_figures(state), *wished]))
-            )
-            results = self.report.stages[kept:]
+        folder, kept = self._dir(choice), len(self.report.stages)
+        keeps_form = forms_along([choice], before.form.NAME)[0][2] == before.form.NAME
+        competes = choice.how == "best_of" and keeps_form
+        original = self._entrant(choice, self._as_entrant(before, folder)) if competes else None
+        branches: list[_Branch] = []
+        for number, steps in enumerate(choice.branches, 1):
+            branch = self._branch(choice, steps, before, folder, number)
             del self.report.stages[kept:]
-            tried += results
-            if not broken:
-                done.append((not wished, latency.speedup if latency else 0.0, state, results))
-                if choice.how == "first_of" and not wished:
-                    break
-        if not done:
-            return self._no_alternative(choice, before, tried, attempts)
-        *_, state, results = max(done, key=lambda item: item[: 1 if choice.how == "first_of" else 2])
-        results[0].attempts = attempts
-        self.report.stages.extend(results)
-        return replace(state, results=len(self.report.stages))
+            branches.append(branch)
+            if branch.state and branch.entrant:
+                branch.refused = self._refusal(branch.state, branch.entrant, before, original)
+            if choice.how == "first_of" and branch.entrant and not (branch.refused or branch.entrant.broken):
+                break
+        chosen = self._chosen(choice, branches)
+        attempts = [branch.attempt(branch is chosen) for branch in branches]
+        if chosen is None and original is None:
+            return self._no_alternative(choice, before, branches, attempts, keeps_form)
+        for result in (result for branch in branches if branch is not chosen for result in branch.results):
+            self.given_up_seconds += result.seconds
+            if result.status != "failed":
+                self.tracker.rolled_back(result)
+        if chosen is None:
+            return self._unchanged(choice, before, original, attempts)
+        assert chosen.state is not None and chosen.entrant is not None
+        if original:
+            chosen.results[0].notes.append(f"chosen by {choice.how}; the model before it: {original.said()}")
+        say(f"  {choice.how}: '{chosen.method}', {chosen.entrant.said()}")
+        chosen.results[0].attempts = attempts
+        self.report.stages.extend(chosen.results)
+        return replace(chosen.state, results=len(self.report.stages))
+
+    def _branch(self, choice: Choice, steps: tuple[Step, ...], before: State, folder: Path, number: int) -> _Branch:
+        """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
+        first = len(self.report.stages)
+        branch = _Branch("+".join(step.key for step in steps))
+        state = before.reloaded()
+        try:
+            for step in steps:
+                state = self._step(step, state, folder / f"{number}_{step.key}")
+            branch.state, branch.entrant = state, self._entrant(choice, state)
+        except StageError as error:
+            branch.refused = str(error)
+        branch.results = self.report.stages[first:]
+        return branch
+
+    def _chosen(self, choice: Choice, branches: list[_Branch]) -> _Branch | None:
+        able = [branch for branch in branches if branch.entrant and not branch.refused]
+        if not able:
+            return None
+        entrants = [branch.entrant for branch in able if branch.entrant]
+        if choice.how == "first_of":
+            return next((branch for branch in able if branch.entrant and not branch.entrant.broken), able[0])
+        best = contest.best(entrants, self.plan.measure.margin)
+        return next(branch for branch in able if branch.entrant is best)
+
+    def _as_entrant(self, before: State, folder: Path) -> State:
+        """`before`, measured as its branches are: the model as it came in, too, in the target's runtime."""
+        if before.hash != self.states[0].hash:
+            return before
+        say("  the model before them …")
+        own = folder / "0_before"
+        own.mkdir(parents=True)
+        return replace(before, measurement=self.measurer.measure(before.model, own))
+
+    def _entrant(self, choice: Choice, state: State) -> Entrant:
+        broken = {check.limit: check.said for check in self._checks_of(choice, state) if not check.holds}
+        return Entrant(measurement=state.measurement, metric=self.task.metric, drop=self._drop(state), broken=broken)
+
+    def _refusal(self, state: State, entrant: Entrant, before: State, original: Entrant | None) -> str:
+        """Why a branch that ran is not to be taken: the quality that it lost, or that it is no better than `original`.
+
+        Where the model before it breaks the limit on quality too, whatever is better goes on.
+        """
+        if original is None or "quality_drop" not in original.broken:
+            if lost := entrant.broken.pop("quality_drop", ""):
+                return lost
+        if original is None:
+            return ""
+        if state.hash == before.hash:
+            return "it changed nothing"
+
+        def gains_quality() -> bool:
+            ours, theirs = self.measurer.validation(state.model), self.measurer.validation(before.model)
+            return quality.drop_interval(ours, theirs)[1] < 0
+
+        return contest.shortcoming(entrant, original, self.plan.measure.margin, gains_quality)
+
+    def _unchanged(self, choice: Choice, before: State, original: Entrant | None, attempts: list[Attempt]) -> State:
+        """Nothing is better than the model before the choice: it goes on."""
+        assert original is not None
+        said = f"no alternative of {choice.how} is better than the model before it, which goes on: {original.said()}"
+        say(f"  {said}")
+        result = StageResult(
+            key=choice.key, stage=choice.how, status="unchanged", seconds=0.0, form=before.form.NAME,
+            measurement=before.measurement, attempts=attempts, notes=[said],
+        )  # fmt: skip
+        self.report.stages.append(result)
+        self.tracker.stage(result)
+        return replace(before, results=len(self.report.stages))
 
     def _no_alternative(
-        self, choice: Choice, before: State, tried: list[StageResult], attempts: list[Attempt]
+        self, choice: Choice, before: State, branches: list[_Branch], attempts: list[Attempt], keeps_form: bool
     ) -> State:
         """Every branch failed or broke its limits: the model before them, where the policy takes steps back."""
         reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
         said = f"no alternative of {choice.how} worked: {reasons}"
+        tried = [result for branch in branches for result in branch.results]
         for result in tried:
             result.status = "failed" if result.status == "failed" else "rolled_back"
             self.tracker.rolled_back(result)
         tried[0].attempts = attempts
         self.report.stages.extend(tried)
-        keeps_form = all(result.form == before.form.NAME for result in tried)
         if self.plan.budget.policy in (Policy.rollback, Policy.relax) and keeps_form:
             say(f"  {said}; rolled back")
             return replace(before.reloaded(), results=len(self.report.stages))
+        if not keeps_form:
+            after = forms_along([choice], before.form.NAME)[0][2]
+            said += (
+                f"; the model before them cannot go on in their place, since they turn {SPOKEN[before.form.NAME]} into "
+                f"{SPOKEN[after]}: choose among steps that keep the form, and trace and export after them"
+            )
         raise StageError(said)
 
     def _finish(self, state: State) -> None:
@@ -404,8 +511,3 @@ class Loop:
 
     def _place(self, step: Step, folder: Path) -> str:
         return f"while running step {self.number} of {len(self.plan.entries)}, '{step.key}', in {folder}"
-
-
-def _figures(state: State) -> str:
-    fastest = state.measurement.headline()
-    return f"{fastest.p50_ms:.3f} ms" if fastest else "latency not measured"

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from optpipe.checkpoint import Checkpoint, random_state, set_random_state
 from optpipe.errors import StageError
 from optpipe.machine import usable_cores
-from optpipe.progress import track
+from optpipe.progress import say, track
 from optpipe.recompute import recomputed
 from optpipe.schedule import Precision as Precision
 from optpipe.schedule import Rate as Rate
@@ -124,6 +124,8 @@ def train(training: Training, fabric: Fabric) -> History:
     history, best = History(scales=loop.scale()), copy.deepcopy(model.state_dict())
     if checkpoint and (state := checkpoint.read()):
         history, best = loop.restore(state)
+        if fabric.is_global_zero:
+            say(f"{training.description} goes on after epoch {history.continued_after}, from {checkpoint.path}")
     with recomputed(model, schedule.checkpointing):
         for epoch in range(len(history.losses) + 1, schedule.epochs + 1):
             loop.epoch(epoch, history)

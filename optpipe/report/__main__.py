@@ -9,7 +9,7 @@ from pathlib import Path
 
 from optpipe.errors import OptpipeError
 from optpipe.report import NotMeasured, figures
-from optpipe.report.console import show, table
+from optpipe.report.console import show, table, tried
 from optpipe.report.runs import Run, below, read, write_sweep
 from optpipe.report.runs import table as table_of_runs
 from optpipe.report.schema import FILE, Quality
@@ -53,6 +53,7 @@ def _run(folder: Path) -> None:
 
     run = read(folder)
     show(table(run.report))
+    print("".join(f"{line}\n" for line in tried(run.report)), end="")
     for violation in run.report.budget.violations:
         print(f"over budget: {violation}")
     if run.report.error:

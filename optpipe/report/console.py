@@ -47,6 +47,18 @@ def missing(report: Report) -> list[str]:
     return [f"{', '.join(names)}: latency not measured: {reason}" for reason, names in reasons.items()]
 
 
+def tried(report: Report) -> list[str]:
+    """The alternatives of each step that had some, with their figures and why one was refused."""
+    lines = []
+    for stage in report.stages:
+        if stage.attempts:
+            lines.append(f"{stage.key}: {len(stage.attempts)} alternatives were tried")
+        for attempt in stage.attempts:
+            how = "chosen" if attempt.chosen else "works" if attempt.ok else "refused"
+            lines.append(f"  {how}: {attempt.method}, {attempt.reason}")
+    return lines
+
+
 def _headings(baseline: Measurement | NotMeasured) -> tuple[str, str]:
     """Of the quality and its difference: an arrow down marks a metric of which less is better."""
     if isinstance(baseline, NotMeasured) or isinstance(baseline.quality, NotMeasured):

@@ -187,6 +187,9 @@ class Measurement:
         return replace(self, latency=[first, *others])
 
 
+NOT_COMPARED = NotMeasured("it did not run to its end beside others")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
     """One alternative that was tried for a step."""
@@ -194,6 +197,12 @@ class Attempt:
     method: str
     ok: bool
     reason: str
+    chosen: bool = False  # of alternatives that compete
+    seconds: float = 0.0  # of its stages' own work, without measuring
+    latency: Latency | NotMeasured = NOT_COMPARED
+    size_bytes: int | NotMeasured = NOT_COMPARED
+    quality_drop: float | NotMeasured = NOT_COMPARED  # on validation, from the model that came in
+    quality_drop_ci95: Interval | NotMeasured = NOT_COMPARED
 
 
 @dataclass(kw_only=True)

@@ -114,6 +114,8 @@ def _tell(history: History, settings: Training, ctx: Context) -> None:
     ctx.note(f"kept epoch {history.best_epoch} of {epochs}, the best on held-out training data")
     if history.continued_after:
         ctx.note(f"went on after epoch {history.continued_after}, from the checkpoint in {settings.checkpoint}")
+    elif settings.checkpoint:
+        ctx.note(f"the training began anew: there was no state of one in {settings.checkpoint}")
     if history.scales:
         ctx.record(
             overflow_rate=history.overflow_rate, loss_scales=history.scales, loss_scale_stable=history.scale_is_stable
