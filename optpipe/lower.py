@@ -28,9 +28,10 @@ OPSET = 20
 ATTENTION_OPSET = 23  # the first that has the operator
 
 
-def trace(model: nn.Module, task: Task) -> ExportedProgram:
+def trace(model: nn.Module, task: Task, *, training: bool = False) -> ExportedProgram:
     """`model` as an ExportedProgram whose batch size is free from 1 to MAX_BATCH.
 
+    training: whether dropout and batch norm are captured as they are while a model is trained.
     Raises StageError with torch.export's reason if the model cannot be captured as one graph.
     """
     example = batch_of(task.example_inputs, 2)  # a batch of one would be specialised away
@@ -39,7 +40,7 @@ def trace(model: nn.Module, task: Task) -> ExportedProgram:
     positions = tuple({0: batch} if tensor.dim() else {} for tensor in args)
     names = {name: {0: batch} if tensor.dim() else {} for name, tensor in kwargs.items()}
     if not isinstance(model, fx.GraphModule):  # which is fixed in one mode
-        model = model.eval()
+        model = model.train(training)
     try:
         return torch.export.export(model, args, kwargs, dynamic_shapes=names or positions)
     except Exception as error:  # torch.export raises dozens of types for what a model may not do

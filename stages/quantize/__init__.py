@@ -1,5 +1,5 @@
 """Quantize: compute in integers. One file per method; `placement` says where, which belongs to the target."""
 
-from . import mixed, static
+from . import mixed, qat, static
 
-__all__ = ["mixed", "static"]
+__all__ = ["mixed", "qat", "static"]

@@ -242,6 +242,7 @@ def make_room_for_biases(prepared: GraphModule) -> int:
             continue
         activation_observer = attribute(prepared, activation.target)
         weight_observer = attribute(prepared, weight.target)
+        weight_observer = getattr(weight_observer, "activation_post_process", weight_observer)  # of a fake quantiser
         activation_scale, _ = activation_observer.calculate_qparams()
         values = attribute(prepared, bias.args[0].target).detach()
         limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max

@@ -69,7 +69,7 @@ def prepare(
     return prepared, quantizer
 
 
-def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context, limit: int) -> None:
+def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context, limit: int = 0) -> None:
     """Let the observers see at most `limit` batches of calibration data, all of them if it is 0.
 
     Raises StageError if there is no batch, or a value on the way is NaN or infinite, or always the same: then an

@@ -7,7 +7,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import (
+    FusedMovingAvgObsFakeQuantize,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
 from optpipe.target import InstructionSet, Target
@@ -29,41 +35,47 @@ class Scheme:
     observer_settings: dict[str, Any] = field(default_factory=dict)
     symmetric: bool = False  # ranges of activations are the same on both sides of zero
     per_channel: bool = True  # weights have a scale for each output channel
+    training: bool = False  # tensors are rounded while they are observed, and gradients pass straight through
 
     @cached_property
     def activation_spec(self) -> QuantizationSpec:
         low, high = (0, 255) if self.activation is torch.uint8 else (-128, 127)
-        return QuantizationSpec(
-            dtype=self.activation,
-            observer_or_fake_quant_ctr=OBSERVERS[self.observer].with_args(eps=EPS, **self.observer_settings),  # type: ignore[attr-defined]
-            quant_min=low,
-            quant_max=high,
-            qscheme=torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine,
-        )
+        scheme = torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
+        return self._spec(self.activation, low, high, scheme, OBSERVERS[self.observer], **self.observer_settings)
 
     @cached_property
     def weight_spec(self) -> QuantizationSpec:
         limit = 2 ** (self.weight_bits - 1) - 1
-        observer = PerChannelMinMaxObserver if self.per_channel else MinMaxObserver
-        return QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=observer.with_args(eps=EPS),
-            quant_min=-limit,
-            quant_max=limit,
-            qscheme=torch.per_channel_symmetric if self.per_channel else torch.per_tensor_symmetric,
-            ch_axis=0 if self.per_channel else None,
-        )
+        return self._row_spec(limit) if self.per_channel else self._tensor_spec(limit)
 
     @cached_property
     def row_spec(self) -> QuantizationSpec:
         """Of an embedding, whose rows are looked up and not multiplied: all 8 bits, a scale for each."""
+        return self._row_spec(127)
+
+    def _row_spec(self, limit: int) -> QuantizationSpec:
+        observer = MovingAveragePerChannelMinMaxObserver if self.training else PerChannelMinMaxObserver
+        now: dict[str, Any] = (
+            {"averaging_constant": 1.0} if self.training else {}
+        )  # the weights as they are at this step
+        return self._spec(torch.int8, -limit, limit, torch.per_channel_symmetric, observer, 0, **now)
+
+    def _tensor_spec(self, limit: int) -> QuantizationSpec:
+        observer = MovingAverageMinMaxObserver if self.training else MinMaxObserver
+        now: dict[str, Any] = {"averaging_constant": 1.0} if self.training else {}
+        return self._spec(torch.int8, -limit, limit, torch.per_tensor_symmetric, observer, **now)
+
+    def _spec(
+        self, dtype: torch.dtype, low: int, high: int, scheme: torch.qscheme, observer: Any, axis: int | None = None,
+        **settings: Any,
+    ) -> QuantizationSpec:  # fmt: skip
+        create = observer.with_args(eps=EPS, **settings)
+        if self.training:
+            of = {"dtype": dtype, "quant_min": low, "quant_max": high, "qscheme": scheme, "eps": EPS, **settings}
+            of |= {} if axis is None else {"ch_axis": axis}
+            create = FusedMovingAvgObsFakeQuantize.with_args(observer=observer, **of)
         return QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=EPS),
-            quant_min=-127,
-            quant_max=127,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
+            dtype=dtype, observer_or_fake_quant_ctr=create, quant_min=low, quant_max=high, qscheme=scheme, ch_axis=axis
         )
 
 

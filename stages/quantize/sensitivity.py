@@ -57,9 +57,7 @@ class Rounding(nn.Module):
             return torch.fake_quantize_per_channel_affine(
                 x, self.scale, self.zero_point, self.axis, self.low, self.high
             )
-        return torch.fake_quantize_per_tensor_affine(
-            x, float(self.scale), int(self.zero_point), self.low, self.high
-        )
+        return torch.fake_quantize_per_tensor_affine(x, float(self.scale), int(self.zero_point), self.low, self.high)
 
 
 class Sensitivity:

@@ -1,0 +1,73 @@
+"""Graphs that are trained with their tensors rounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.fx import GraphModule
+
+from optpipe.context import Context
+from optpipe.errors import StageError
+from optpipe.lower import trace
+from optpipe.progress import quiet
+
+from .posttraining import calibrate
+
+with quiet("torch.utils._pytree", "torchao"):  # about its own insides
+    from torchao.quantization.pt2e import (
+        allow_exported_model_train_eval,
+        disable_fake_quant,
+        disable_observer,
+        enable_fake_quant,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    from .placement import NORMS, OnnxRuntimeQuantizer, flatten_linears, layers, matching
+    from .scheme import scheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .qat import Qat
+
+TRAINING = 5  # position of the flag among the arguments of aten.batch_norm
+
+
+def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[GraphModule, OnnxRuntimeQuantizer]:
+    """`model` as a graph that rounds every tensor that will be quantised, and can be trained.
+
+    Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
+    """
+    graph = trace(model, ctx.task, training=True).module(check_guards=False)
+    kept = matching(layers(graph), settings.keep, "keep")
+    flatten_linears(graph)
+    chosen = scheme(
+        ctx.target,
+        settings.signedness.value,
+        observer="moving_average",
+        per_channel=settings.weights.value == "per_channel",
+        training=True,
+    )
+    quantizer = OnnxRuntimeQuantizer(chosen, kept)
+    prepared = prepare_qat_pt2e(graph, quantizer)
+    if not quantizer.num_compute:
+        raise StageError("this model has no convolution, linear layer or matrix product that could be trained for int8")
+    allow_exported_model_train_eval(prepared)
+    return prepared, quantizer
+
+
+def calibrate_rounded(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> None:
+    """Find the first ranges on calibration data, unrounded; then start to round."""
+    prepared.eval()
+    prepared.apply(disable_fake_quant)
+    calibrate(prepared, quantizer, ctx)
+    prepared.apply(enable_fake_quant)
+
+
+def freeze(prepared: GraphModule) -> None:
+    """Keep ranges and batch norm's statistics as they are from now on (Krishnamoorthi 2018, §3.2)."""
+    prepared.apply(disable_observer)
+    for node in prepared.graph.nodes:
+        if node.target in NORMS:
+            node.update_arg(TRAINING, False)
+    prepared.recompile()
