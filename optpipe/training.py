@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Loss = Callable[[Inputs, Any, Any], Tensor]  # of (inputs, outputs, target)
+KEEPS_ZEROS = "keeps_zeros"  # attribute of a module: the names of its parameters whose zeros stay zero in training
 
 
 @dataclass(kw_only=True)
@@ -72,6 +73,7 @@ def fit(
         raise StageError("the train split is empty; it must hold at least one batch")
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=schedule.epochs * steps)
     wrapped, optimizer = fabric.setup(model, optimizer)
+    zero_again = kept_zeros(model)
     history, best = History(), copy.deepcopy(model.state_dict())
     epochs = range(1, schedule.epochs + 1)
     for epoch in epochs:
@@ -88,6 +90,7 @@ def fit(
             optimizer.zero_grad()
             fabric.backward(value)
             optimizer.step()
+            zero_again()
             rate.step()
             total += value.item()
         history.losses.append(total / steps)
@@ -105,6 +108,19 @@ def fit(
     model.load_state_dict(best)
     model.to("cpu")
     return history
+
+
+def kept_zeros(model: nn.Module) -> Callable[[], None]:
+    """What sets the weights back to zero that a pruning stage made zero, to be called after every step of training."""
+    pruned = [getattr(m, name) for m in model.modules() for name in getattr(m, KEEPS_ZEROS, ())]
+    zeros = [(weight, weight == 0) for weight in pruned]
+
+    def zero_again() -> None:
+        with torch.no_grad():
+            for weight, mask in zeros:
+                weight.masked_fill_(mask, 0.0)
+
+    return zero_again
 
 
 def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:

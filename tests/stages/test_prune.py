@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from optpipe import StageError
-from optpipe.stages.prune import Channels
+from optpipe.stages.prune.channels import Channels
 
 
 def widths(model: nn.Module) -> list[int]:

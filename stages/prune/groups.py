@@ -1,0 +1,287 @@
+"""Groups: the channels of a model that can only go together, and their removal.
+
+Built on Torch-Pruning's dependency graph (DepGraph, Fang et al. 2023). What that graph gets wrong shows in a forward
+pass after the removal; what fails there is put back as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from optpipe.errors import StageError
+from optpipe.task import Inputs, call, tensors_in
+
+from .loss_gradients import differentiable
+
+ROOTS = [nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.MultiheadAttention]
+Importance = Callable[[Any], Tensor | None]  # of a group as Torch-Pruning describes it, of each of its channels
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that run through several layers, and go from all of them or from none."""
+
+    root: nn.Module
+    name: str  # of `root`
+    layers: tuple[str, ...]  # whose output channels they are
+    channels: int
+    parts: int  # equal parts that lose the same positions: of a grouped convolution, or heads
+    importance: Tensor  # of each channel, shape (parts, channels / parts)
+    heads: tuple[str, ...] = ()  # the linear layers whose output is split into `parts` heads
+    refusal: str = ""  # why none of them can be removed; empty where it can be tried
+
+    @property
+    def size(self) -> int:
+        """Channels of a part."""
+        return self.channels // self.parts
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is to go from a group: positions in each of its parts, or whole parts."""
+
+    group: Group
+    indices: list[int]
+    whole_heads: bool = False
+
+    def channels(self) -> list[int]:
+        size = self.group.size
+        if self.whole_heads:
+            return [head * size + i for head in self.indices for i in range(size)]
+        return [part * size + i for part in range(self.group.parts) for i in self.indices]
+
+
+class RefusedError(Exception):
+    """A removal would leave something else than a smaller model."""
+
+
+@dataclass
+class Surgeon:
+    """Removes channels from `model` in place; what does not survive a forward pass on `inputs` is taken back."""
+
+    model: nn.Module
+    inputs: Inputs
+    untouched: list[nn.Module]
+    _expected: list[torch.Size] = field(init=False)
+    _graph: tp.DependencyGraph | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        self._expected = [tensor.shape for tensor in self._outputs()]
+        self._heads = heads_in(self.model, self.inputs)
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self._tied = tied_parameters(self.model)
+
+    def groups(self, importance: Importance) -> list[Group]:
+        """Every group of channels that is not `untouched`."""
+        graph = self._dependencies()
+        found = graph.get_all_groups(ignored_layers=self.untouched, root_module_types=ROOTS)
+        return [group for members in found if (group := self._group(members, importance)) is not None]
+
+    def remove(self, removals: list[Removal]) -> dict[str, str]:
+        """Remove what can be; return by the group's name why the others stay."""
+        with differentiable(self.model):
+            if not any(removal.whole_heads for removal in removals) and self._attempt(removals) is None:
+                return {}
+            reasons = {removal.group.name: self._attempt([removal]) for removal in removals}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def _attempt(self, removals: list[Removal]) -> str | None:
+        """Remove all of them, or none; return the reason in the second case."""
+        before = snapshot(self.model)
+        try:
+            for removal in removals:
+                self._cut(removal)
+            self._check()
+        except Exception as error:  # of Torch-Pruning, or of the user's own forward
+            restore(before)
+            self._graph = None
+            said = str(error).strip().partition("\n")[0]
+            return said if isinstance(error, RefusedError) else f"{type(error).__name__} afterwards: {said}"
+        return None
+
+    def _cut(self, removal: Removal) -> None:
+        graph, root = self._dependencies(), removal.group.root
+        members = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, removal.channels())
+        if not graph.check_pruning_group(members):
+            raise RefusedError("no channel would be left")
+        expected = self._without(graph, members) if removal.whole_heads else None
+        with torch.no_grad():
+            members.prune()
+        if expected is None:
+            return
+        self._count_heads(removal)
+        for wanted, found in zip(expected, self._outputs(), strict=True):
+            if wanted.shape != found.shape or not torch.allclose(wanted, found, atol=1e-4, rtol=1e-3):
+                raise RefusedError("without these heads the model does not compute what it did with them at nought")
+
+    def _without(self, graph: tp.DependencyGraph, members: Any) -> list[Tensor]:
+        """The outputs with nothing read from the channels of `members`."""
+        before = snapshot(self.model)
+        for dependency, indices in members:
+            layer = dependency.target.module
+            if isinstance(layer, nn.Linear) and graph.is_in_channel_pruning_fn(dependency.handler):
+                weight = layer.weight.detach().clone()
+                weight[:, indices] = 0
+                layer.weight = nn.Parameter(weight)
+        outputs = self._outputs()
+        restore(before)
+        return outputs
+
+    def _count_heads(self, removal: Removal) -> None:
+        """Lower the number of heads that the modules around the split layers keep."""
+        owners = {self.model.get_submodule(name.rpartition(".")[0]) for name in removal.group.heads}
+        for owner in owners:
+            numbers = [
+                name for name, value in vars(owner).items() if type(value) is int and value == removal.group.parts
+            ]
+            names = [name for name in numbers if "head" in name] or numbers
+            if len(names) != 1:
+                raise RefusedError(
+                    f"'{self._names[owner]}' ({type(owner).__name__}) has no single attribute that holds its number of "
+                    f"heads, {removal.group.parts}, and could be lowered"
+                )
+            setattr(owner, names[0], removal.group.parts - len(removal.indices))
+
+    def _check(self) -> None:
+        self._tie_again()
+        outputs = self._outputs()
+        shapes = [tensor.shape for tensor in outputs]
+        if shapes != self._expected:
+            raise RefusedError(f"the outputs would have shapes {_plain(shapes)} instead of {_plain(self._expected)}")
+        if not all(torch.isfinite(tensor).all() for tensor in outputs):
+            raise RefusedError("the outputs would be NaN or infinite")
+
+    def _tie_again(self) -> None:
+        """Torch-Pruning makes new parameters, one for each layer that shared one."""
+        for places in self._tied:
+            first, *others = [getattr(self.model.get_submodule(layer), name) for layer, name in places]
+            if any(other.shape != first.shape or not torch.equal(other, first) for other in others):
+                names = " and ".join(f"'{layer}'" for layer, _ in places)
+                raise RefusedError(f"{names} share their weights, which would come apart")
+            for layer, name in places:
+                setattr(self.model.get_submodule(layer), name, first)
+
+    def _outputs(self) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors_in(call(self.model, self.inputs))
+
+    def _dependencies(self) -> tp.DependencyGraph:
+        if self._graph is None:
+            try:
+                with differentiable(self.model), torch.enable_grad():
+                    self._graph = tp.DependencyGraph().build_dependency(
+                        self.model, example_inputs=self.inputs, forward_fn=call, verbose=False
+                    )
+            except Exception as error:
+                raise StageError(
+                    "how the layers of this model depend on one another cannot be traced "
+                    f"({type(error).__name__}: {error}); its outputs must depend on its weights differentiably"
+                ) from error
+        return self._graph
+
+    def _group(self, members: Any, importance: Importance) -> Group | None:
+        graph = self._dependencies()
+        root = members[0].dep.target.module
+        ranks = importance(members)
+        if ranks is None:  # it has no weights to be ranked by
+            return None
+        outward = [d.target.module for d, _ in members if graph.is_out_channel_pruning_fn(d.handler)]
+        heads = tuple(self._names[layer] for layer in outward if layer in self._heads)
+        parts = max([1, *(_parts(graph, dep) for dep, _ in members), *(self._heads.get(layer, 1) for layer in outward)])
+        recurrent = next((d.target.module for d, _ in members if isinstance(d.target.module, nn.RNNBase)), None)
+        refusal = ""
+        if recurrent is not None:
+            kind = type(recurrent).__name__
+            refusal = f"they run through '{self._names[recurrent]}' ({kind}), whose gates Torch-Pruning cannot cut"
+        elif len(ranks) % parts:
+            refusal = f"{len(ranks)} channels cannot lose the same ones in each of {parts} parts"
+            parts = 1
+        return Group(
+            root=root,
+            name=self._names[root],
+            layers=tuple(self._names[layer] for layer in outward if layer in self._names),
+            channels=len(ranks),
+            parts=parts,
+            importance=ranks.view(parts, -1).nan_to_num(0.0),  # a group of noughts is divided by its mean
+            heads=heads,
+            refusal=refusal,
+        )
+
+
+def _parts(graph: tp.DependencyGraph, dependency: Any) -> int:
+    """Into how many equal parts a layer divides the channels that it gives, or takes."""
+    layer = dependency.target.module
+    if isinstance(layer, nn.MultiheadAttention):
+        return int(layer.num_heads)
+    if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.out_channels:
+        return 1  # depthwise: every channel is one of its own
+    pruner = graph.get_pruner_of_module(layer)
+    outward = graph.is_out_channel_pruning_fn(dependency.handler)
+    return int(pruner.get_out_channel_groups(layer) if outward else pruner.get_in_channel_groups(layer))
+
+
+def snapshot(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    """What `restore` needs to take back a removal: it makes new tensors and leaves the old ones as they were."""
+    kept = []
+    for module in model.modules():
+        state = dict(module.__dict__)
+        for name, value in state.items():
+            if name in ("_parameters", "_buffers") or isinstance(value, list):
+                state[name] = value.copy()
+        kept.append((module, state))
+    return kept
+
+
+def restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, state in before:
+        module.__dict__.clear()
+        module.__dict__.update(state)
+
+
+def tied_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
+    """The (module, parameter) names that hold one and the same parameter, for each that is shared."""
+    places: dict[int, list[tuple[str, str]]] = {}
+    for layer, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((layer, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def heads_in(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:
+    """The linear layers whose output is at once split into (heads, width of a head), and how many heads that are."""
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept so that its id stays taken
+    found: dict[nn.Module, int] = {}
+
+    class Splits(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            source = args[0] if args else None
+            if isinstance(result, Tensor) and isinstance(source, Tensor) and id(source) in made:
+                *leading, width = source.shape
+                heads, size = result.shape[-2:] if result.dim() > 1 else (1, 1)
+                if list(result.shape[:-2]) == leading and heads * size == width and heads > 1 and size > 1:
+                    found[made[id(source)][0]] = heads
+            return result
+
+    def watch(layer: nn.Module) -> Any:
+        return layer.register_forward_hook(lambda _, __, out: made.__setitem__(id(out), (layer, out)))
+
+    handles = [watch(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
+    with torch.no_grad(), Splits():
+        call(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _plain(shapes: list[torch.Size]) -> list[tuple[int, ...]]:
+    return [tuple(shape) for shape in shapes]
