@@ -14,8 +14,8 @@ from optpipe.context import Context
 from optpipe.errors import StageError
 from optpipe.registry import register
 
-from .loss_gradients import check_batches, mean_gradients
 from .layers import Scope, channels_of, check_finite, matching
+from .loss_gradients import check_batches, mean_gradients
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from optpipe.context import Context
 from optpipe.registry import register
 
-from .loss_gradients import check_batches, mean_gradients
 from .layers import Scope, check_finite
+from .loss_gradients import check_batches, mean_gradients
 from .zeros import check_sparsity, least, prunable, write
 
 if TYPE_CHECKING:

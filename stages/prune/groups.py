@@ -20,7 +20,7 @@ from optpipe.task import Inputs, call, tensors_in
 
 from .loss_gradients import differentiable
 
-ROOTS = [nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.MultiheadAttention]
+ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.MultiheadAttention)
 Importance = Callable[[Any], Tensor | None]  # of a group as Torch-Pruning describes it, of each of its channels
 
 
@@ -30,7 +30,6 @@ class Group:
 
     root: nn.Module
     name: str  # of `root`
-    layers: tuple[str, ...]  # whose output channels they are
     channels: int
     parts: int  # equal parts that lose the same positions: of a grouped convolution, or heads
     importance: Tensor  # of each channel, shape (parts, channels / parts)
@@ -80,10 +79,24 @@ class Surgeon:
         self._tied = tied_parameters(self.model)
 
     def groups(self, importance: Importance) -> list[Group]:
-        """Every group of channels that is not `untouched`."""
+        """Every group of channels that holds no layer of `untouched`."""
         graph = self._dependencies()
-        found = graph.get_all_groups(ignored_layers=self.untouched, root_module_types=ROOTS)
-        return [group for members in found if (group := self._group(members, importance)) is not None]
+        found: list[Group | None] = []
+        untouched = {part for layer in self.untouched for part in layer.modules()}
+        seen = set(untouched)
+        for root in list(graph.module2node):
+            if not isinstance(root, ROOTS) or root in seen:
+                continue
+            channels = list(range(graph.get_out_channels(root)))
+            try:
+                members = graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, channels)
+                layers = [d.target.module for d, _ in members if graph.is_out_channel_pruning_fn(d.handler)]
+                if untouched.isdisjoint(layers):
+                    found.append(self._group(members, layers, importance))
+                seen.update(layers)
+            except Exception as error:
+                found.append(self._refused(root, f"Torch-Pruning cannot follow its channels ({_said(error)})"))
+        return [group for group in found if group is not None]
 
     def remove(self, removals: list[Removal]) -> dict[str, str]:
         """Remove what can be; return by the group's name why the others stay."""
@@ -103,8 +116,7 @@ class Surgeon:
         except Exception as error:  # of Torch-Pruning, or of the user's own forward
             restore(before)
             self._graph = None
-            said = str(error).strip().partition("\n")[0]
-            return said if isinstance(error, RefusedError) else f"{type(error).__name__} afterwards: {said}"
+            return str(error) if isinstance(error, RefusedError) else f"without some of its channels, {_said(error)}"
         return None
 
     def _cut(self, removal: Removal) -> None:
@@ -183,37 +195,36 @@ class Surgeon:
             except Exception as error:
                 raise StageError(
                     "how the layers of this model depend on one another cannot be traced "
-                    f"({type(error).__name__}: {error}); its outputs must depend on its weights differentiably"
+                    f"({_said(error)}); its outputs must depend on its weights differentiably"
                 ) from error
         return self._graph
 
-    def _group(self, members: Any, importance: Importance) -> Group | None:
-        graph = self._dependencies()
+    def _group(self, members: Any, layers: list[nn.Module], importance: Importance) -> Group | None:
         root = members[0].dep.target.module
+        recurrent = next((d.target.module for d, _ in members if isinstance(d.target.module, nn.RNNBase)), None)
+        if recurrent is not None:
+            kind = type(recurrent).__name__
+            said = f"its channels run through '{self._names[recurrent]}' ({kind}), whose gates Torch-Pruning cannot cut"
+            return self._refused(root, said)
         ranks = importance(members)
         if ranks is None:  # it has no weights to be ranked by
             return None
-        outward = [d.target.module for d, _ in members if graph.is_out_channel_pruning_fn(d.handler)]
-        heads = tuple(self._names[layer] for layer in outward if layer in self._heads)
-        parts = max([1, *(_parts(graph, dep) for dep, _ in members), *(self._heads.get(layer, 1) for layer in outward)])
-        recurrent = next((d.target.module for d, _ in members if isinstance(d.target.module, nn.RNNBase)), None)
-        refusal = ""
-        if recurrent is not None:
-            kind = type(recurrent).__name__
-            refusal = f"they run through '{self._names[recurrent]}' ({kind}), whose gates Torch-Pruning cannot cut"
-        elif len(ranks) % parts:
-            refusal = f"{len(ranks)} channels cannot lose the same ones in each of {parts} parts"
-            parts = 1
+        divided = [_parts(self._dependencies(), dependency) for dependency, _ in members]
+        parts = max([1, *divided, *(self._heads.get(layer, 1) for layer in layers)])
+        if len(ranks) % parts:
+            return self._refused(root, f"{len(ranks)} channels cannot lose the same ones in each of {parts} parts")
         return Group(
             root=root,
             name=self._names[root],
-            layers=tuple(self._names[layer] for layer in outward if layer in self._names),
             channels=len(ranks),
             parts=parts,
             importance=ranks.view(parts, -1).nan_to_num(0.0),  # a group of noughts is divided by its mean
-            heads=heads,
-            refusal=refusal,
+            heads=tuple(self._names[layer] for layer in layers if layer in self._heads),
         )
+
+    def _refused(self, root: nn.Module, reason: str) -> Group:
+        nothing = torch.zeros(1, 0)
+        return Group(root=root, name=self._names[root], channels=0, parts=1, importance=nothing, refusal=reason)
 
 
 def _parts(graph: tp.DependencyGraph, dependency: Any) -> int:
@@ -281,6 +292,10 @@ def heads_in(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:
     for handle in handles:
         handle.remove()
     return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _plain(shapes: list[torch.Size]) -> list[tuple[int, ...]]:

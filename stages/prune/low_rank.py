@@ -25,8 +25,9 @@ class LowRank:
     """Truncated singular value decomposition of linear layers and convolutions (Denton et al. 2014).
 
     A linear layer becomes two; a convolution becomes one of the same kernel to `rank` channels and one of 1×1, as in
-    Jaderberg et al. 2014 (who also divide the kernel itself). Exactly one of `rank`, `energy` and `budget` says how much is kept. A layer
-    is replaced only if that saves parameters, and with them multiplications: both fall by the same factor.
+    Jaderberg et al. 2014 (who also divide the kernel itself). Exactly one of `rank`, `energy` and `budget` says how
+    much is kept. A layer is replaced only if that saves parameters, and with them multiplications: both fall by the
+    same factor.
     """
 
     rank: int | None = None  # singular values kept in every layer
