@@ -18,6 +18,8 @@ from .layers import check_finite, chosen
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+WINDOW = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+
 
 @register("prune/low_rank", takes="torch", gives="torch", needs_recovery=True)
 @dataclass(kw_only=True)
@@ -126,8 +128,8 @@ def _pair(layer: nn.Linear | nn.Conv2d, u: Tensor, s: Tensor, v: Tensor) -> nn.M
     thin: nn.Linear | nn.Conv2d
     wide: nn.Linear | nn.Conv2d
     if isinstance(layer, nn.Conv2d):
-        window: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        thin = nn.Conv2d(layer.in_channels, rank, *window, bias=False, padding_mode=layer.padding_mode)
+        window: dict[str, Any] = {name: getattr(layer, name) for name in WINDOW}
+        thin = nn.Conv2d(layer.in_channels, rank, bias=False, **window)
         wide = nn.Conv2d(rank, layer.out_channels, 1)
     else:
         thin = nn.Linear(layer.in_features, rank, bias=False)
