@@ -90,12 +90,12 @@ class Channels:
             found = surgeon.groups(self._ranking(model, ctx))
             whole = whole or {group.name: group.channels for group in found}
             skipped |= {group.name: group.refusal for group in found if group.refusal}
+            if self.heads:
+                skipped |= _without_heads(model, surgeon)
             free = [group for group in found if group.name not in skipped]
             skipped |= surgeon.remove(self._plan(free, whole, self.ratio * number / self.rounds))
             if number < self.rounds:
                 self._train(model, ctx)
-        if self.heads:
-            skipped |= _without_heads(model, found)
         self._report(before, channels_of(model), skipped, ctx)
         return model
 
@@ -125,21 +125,20 @@ class Channels:
 
         from .groups import Removal
 
-        together = {} if self.scope is Scope.layer else _ranked_together(free, whole, ratio)
+        plain = [group for group in free if not (self.heads and group.heads)]
+        wanted = {group.name: whole[group.name] * (1 - ratio) for group in free}
+        if self.scope is Scope.model and plain:
+            wanted |= _ranked_together(plain, whole, ratio)
         removals = []
         for group in free:
-            whole_heads = self.heads and bool(group.heads)
+            whole_heads = group not in plain
             # what is kept is a multiple of `step`, and every index stands for `cost` channels
-            step, cost = (group.size,) * 2 if whole_heads else (math.lcm(self.round_to, group.parts), group.parts)
-            wanted = (
-                whole[group.name] * (1 - ratio)
-                if whole_heads
-                else together.get(group.name, whole[group.name] * (1 - ratio))
-            )
-            surplus = (group.channels - max(1, int(wanted / step + 0.5)) * step) // cost
+            cost = group.size if whole_heads else group.parts
+            step = group.size if whole_heads else math.lcm(self.round_to, group.parts)
+            surplus = (group.channels - max(1, int(wanted[group.name] / step + 0.5)) * step) // cost
             if surplus <= 0:
                 continue
-            if wanted < 0.5 and self.scope is Scope.layer:
+            if wanted[group.name] < 0.5 and self.scope is Scope.layer:
                 raise StageError(
                     f"ratio={self.ratio} would leave none of the {whole[group.name]} channels of '{group.name}'; lower "
                     "ratio or name the layer in keep"
@@ -208,12 +207,12 @@ def _ranked_together(free: list[groups.Group], whole: dict[str, int], ratio: flo
     return {group.name: group.channels - group.parts * int((owner[gone] == i).sum()) for i, group in enumerate(free)}
 
 
-def _without_heads(model: nn.Module, found: list[groups.Group]) -> dict[str, str]:
+def _without_heads(model: nn.Module, surgeon: groups.Surgeon) -> dict[str, str]:
     """The attention modules that cannot lose whole heads; StageError if there is no attention at all."""
     from torch import nn
 
     attention = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    if not attention and not any(group.heads for group in found):
+    if not attention and not surgeon.heads:
         raise StageError(
             "heads=true, but no linear layer of this model gives an output that is split into heads; set heads=false"
         )

@@ -6,6 +6,7 @@ pass after the removal; what fails there is put back as it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,18 +14,19 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from optpipe.errors import StageError
 from optpipe.task import Inputs, call, tensors_in
 
+from .heads import heads_in
 from .loss_gradients import differentiable
+from .undo import restore, snapshot, tied_parameters
 
 ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.LSTM, nn.MultiheadAttention)
 Importance = Callable[[Any], Tensor | None]  # of a group as Torch-Pruning describes it, of each of its channels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Channels that run through several layers, and go from all of them or from none."""
 
@@ -42,7 +44,7 @@ class Group:
         return self.channels // self.parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Removal:
     """What is to go from a group: positions in each of its parts, or whole parts."""
 
@@ -63,18 +65,22 @@ class RefusedError(Exception):
 
 @dataclass
 class Surgeon:
-    """Removes channels from `model` in place; what does not survive a forward pass on `inputs` is taken back."""
+    """Removes channels from `model` in place; what does not survive a forward pass on `inputs` is taken back.
+
+    heads: the linear layers whose output is split into attention heads, and into how many.
+    """
 
     model: nn.Module
     inputs: Inputs
     untouched: list[nn.Module]
+    heads: dict[nn.Module, int] = field(init=False)
     _expected: list[torch.Size] = field(init=False)
     _graph: tp.DependencyGraph | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.model.eval()
         self._expected = [tensor.shape for tensor in self._outputs()]
-        self._heads = heads_in(self.model, self.inputs)
+        self.heads = heads_in(self.model, self.inputs)
         self._names = {module: name for name, module in self.model.named_modules()}
         self._tied = tied_parameters(self.model)
 
@@ -131,7 +137,8 @@ class Surgeon:
             return
         self._count_heads(removal)
         for wanted, found in zip(expected, self._outputs(), strict=True):
-            if wanted.shape != found.shape or not torch.allclose(wanted, found, atol=1e-4, rtol=1e-3):
+            scale = float(wanted.abs().max())
+            if wanted.shape != found.shape or not torch.allclose(wanted, found, atol=1e-4 * scale, rtol=1e-3):
                 raise RefusedError("without these heads the model does not compute what it did with them at nought")
 
     def _without(self, graph: tp.DependencyGraph, members: Any) -> list[Tensor]:
@@ -210,7 +217,7 @@ class Surgeon:
         if ranks is None:  # it has no weights to be ranked by
             return None
         divided = [_parts(self._dependencies(), dependency) for dependency, _ in members]
-        parts = max([1, *divided, *(self._heads.get(layer, 1) for layer in layers)])
+        parts = math.lcm(*divided, *(self.heads.get(layer, 1) for layer in layers))
         if len(ranks) % parts:
             return self._refused(root, f"{len(ranks)} channels cannot lose the same ones in each of {parts} parts")
         return Group(
@@ -219,7 +226,7 @@ class Surgeon:
             channels=len(ranks),
             parts=parts,
             importance=ranks.view(parts, -1).nan_to_num(0.0),  # a group of noughts is divided by its mean
-            heads=tuple(self._names[layer] for layer in layers if layer in self._heads),
+            heads=tuple(self._names[layer] for layer in layers if self.heads.get(layer) == parts),
         )
 
     def _refused(self, root: nn.Module, reason: str) -> Group:
@@ -237,61 +244,6 @@ def _parts(graph: tp.DependencyGraph, dependency: Any) -> int:
     pruner = graph.get_pruner_of_module(layer)
     outward = graph.is_out_channel_pruning_fn(dependency.handler)
     return int(pruner.get_out_channel_groups(layer) if outward else pruner.get_in_channel_groups(layer))
-
-
-def snapshot(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """What `restore` needs to take back a removal: it makes new tensors and leaves the old ones as they were."""
-    kept = []
-    for module in model.modules():
-        state = dict(module.__dict__)
-        for name, value in state.items():
-            if name in ("_parameters", "_buffers") or isinstance(value, list):
-                state[name] = value.copy()
-        kept.append((module, state))
-    return kept
-
-
-def restore(before: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, state in before:
-        module.__dict__.clear()
-        module.__dict__.update(state)
-
-
-def tied_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
-    """The (module, parameter) names that hold one and the same parameter, for each that is shared."""
-    places: dict[int, list[tuple[str, str]]] = {}
-    for layer, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((layer, name))
-    return [found for found in places.values() if len(found) > 1]
-
-
-def heads_in(model: nn.Module, inputs: Inputs) -> dict[nn.Module, int]:
-    """The linear layers whose output is at once split into (heads, width of a head), and how many heads that are."""
-    made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept so that its id stays taken
-    found: dict[nn.Module, int] = {}
-
-    class Splits(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            source = args[0] if args else None
-            if isinstance(result, Tensor) and isinstance(source, Tensor) and id(source) in made:
-                *leading, width = source.shape
-                heads, size = result.shape[-2:] if result.dim() > 1 else (1, 1)
-                if list(result.shape[:-2]) == leading and heads * size == width and heads > 1 and size > 1:
-                    found[made[id(source)][0]] = heads
-            return result
-
-    def watch(layer: nn.Module) -> Any:
-        return layer.register_forward_hook(lambda _, __, out: made.__setitem__(id(out), (layer, out)))
-
-    handles = [watch(layer) for layer in model.modules() if isinstance(layer, nn.Linear)]
-    with torch.no_grad(), Splits():
-        call(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def _said(error: Exception) -> str:

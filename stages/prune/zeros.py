@@ -93,6 +93,8 @@ def write(model: nn.Module, masks: dict[str, dict[str, Tensor]], ctx: Context) -
                 weight.masked_fill_(mask, 0.0)
         found, size = sum(int((weight == 0).sum()) for weight in written), sum(weight.numel() for weight in written)
         shares[layer], zeros, total = found / size, zeros + found, total + size
+    if not zeros:
+        raise StageError(f"not one of the {total} weights became zero; raise sparsity")
     everything = sum(parameter.numel() for parameter in model.parameters())
     ctx.record(sparsity=zeros / total, sparsity_of_model=zeros / everything, layers=len(masks), layer_sparsity=shares)
     ctx.note(

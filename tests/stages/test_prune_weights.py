@@ -119,7 +119,7 @@ def test_what_cannot_be_pruned_is_refused(model, context, task) -> None:
     with pytest.raises(StageError, match="the train split is empty"):
         Gradient().run(model, ctx)
     task.train, task.loss = task.test, lambda outputs, _: (outputs * float("inf")).sum()
-    with pytest.raises(StageError, match="the gradient of '.*' is NaN or infinite"):
+    with pytest.raises(StageError, match=r"the gradient of '.*' is NaN or infinite"):
         Gradient().run(model, ctx)
 
 
