@@ -18,6 +18,8 @@ from .layers import check_finite, chosen
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TINY = 1e-30  # instead of a division by zero, of a layer of zeros
+ROUNDING = 1e-12  # share of a layer's energy that is nothing but rounding errors
 WINDOW = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
@@ -34,7 +36,7 @@ class LowRank:
 
     rank: int | None = None  # singular values kept in every layer
     energy: float | None = None  # or: as few as have this share of the sum of their squares
-    budget: float | None = None  # or: as many as take this share of the layer's parameters
+    budget: float | None = None  # or: those that explain most per parameter, for this share of all layers' parameters
     layers: list[str] = field(default_factory=list)  # module name patterns; empty means every one that gets smaller
     keep: list[str] = field(default_factory=list)  # module name patterns that are never touched
 
@@ -55,29 +57,33 @@ class LowRank:
         check_finite(model)
         ranks: dict[str, int] = {}
         errors: dict[str, float] = {}
-        skipped: dict[str, str] = {}
-        for name, layer in self._candidates(model).items():
-            matrix = layer.weight.detach().flatten(1)
-            u, s, v = _decomposed(matrix)
-            rank = self._rank(s, matrix)
-            before, after = matrix.numel(), rank * sum(matrix.shape)
+        larger: list[str] = []
+        failed: dict[str, str] = {}
+        layers = self._candidates(model)
+        parts = {name: _decomposed(layer.weight.detach().flatten(1)) for name, layer in layers.items()}
+        for name, rank in self._ranks(parts).items():
+            layer, (u, s, v) = layers[name], parts[name]
+            before, after = layer.weight.numel(), rank * (len(u) + v.shape[1])
             if after >= before:
-                skipped[name] = f"rank {rank} would take {after} parameters instead of {before}"
+                larger.append(f"'{name}' ({before} parameters, {after} with rank {rank})")
             elif reason := _replace(model, name, _pair(layer, u[:, :rank], s[:rank], v[:rank]), ctx):
-                skipped[name] = reason
+                failed[name] = reason
             else:
-                ranks[name], errors[name] = rank, _lost(s, rank)
-        reasons = [f"'{name}' stays as it is: {reason}" for name, reason in skipped.items()]
+                ranks[name], errors[name] = rank, float(s[rank:].norm() / s.norm().clamp(min=TINY))
+        reasons = [f"'{name}' stays as it is: {reason}" for name, reason in failed.items()]
+        if larger:
+            reasons.append(f"would get larger, and stay as they are: {', '.join(larger)}")
         if not ranks:
             raise StageError(
-                "no layer of this model gets smaller by a low rank: "
-                + ("; ".join(reasons[:4]) or "it has no linear layer or ungrouped 2-d convolution of its own weights")
+                "no layer of this model gets smaller by a low rank; "
+                + ("; ".join(reasons) or "it has no linear layer or ungrouped 2-d convolution of its own weights")
             )
-        ctx.record(layers_replaced=len(ranks), ranks=ranks, relative_errors=errors, skipped=list(skipped))
+        skipped = [name for name in layers if name not in ranks]
+        ctx.record(layers_replaced=len(ranks), ranks=ranks, relative_errors=errors, skipped=skipped)
         worst = max(errors, key=errors.__getitem__)
         ctx.note(
-            f"{len(ranks)} layers became two of rank {min(ranks.values())} to {max(ranks.values())}; the weights of "
-            f"'{worst}' changed most, by {errors[worst]:.0%}"
+            f"{len(ranks)} layers became two each, of rank {min(ranks.values())} to {max(ranks.values())}; the weights "
+            f"of '{worst}' changed most, by {errors[worst]:.0%}"
         )
         for reason in reasons:
             ctx.note(reason)
@@ -97,14 +103,42 @@ class LowRank:
         }
         return {name: fitting[name] for name in chosen(fitting, self.layers, self.keep)}
 
-    def _rank(self, values: Tensor, matrix: Tensor) -> int:
-        if self.rank is not None:
-            return min(self.rank, len(values))
+    def _ranks(self, parts: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, int]:
+        """How many singular values each layer is to keep."""
         if self.budget is not None:
-            return max(1, int(self.budget * matrix.numel() / sum(matrix.shape)))
+            return _within(self.budget, parts)
+        if self.rank is not None:
+            return {name: min(self.rank, len(s)) for name, (_, s, _) in parts.items()}
         assert self.energy is not None
-        kept = (values**2).cumsum(0) / (values**2).sum().clamp(min=1e-30)
-        return min(len(values), int((kept < self.energy).sum()) + 1)
+        kept = {name: (s**2).cumsum(0) / (s**2).sum().clamp(min=TINY) for name, (_, s, _) in parts.items()}
+        return {name: min(len(share), int((share < self.energy).sum()) + 1) for name, share in kept.items()}
+
+
+def _within(budget: float, parts: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, int]:
+    """Ranks that take at most `budget` of the parameters of all layers, one at least.
+
+    Singular values are taken in the order of what they explain of their layer per parameter that they cost. A layer
+    whose rank would take more than it has is kept whole.
+    """
+    cost = {name: len(u) + v.shape[1] for name, (u, _, v) in parts.items()}
+    whole = {name: len(u) * v.shape[1] for name, (u, _, v) in parts.items()}
+    worth = [
+        (float(value), name)
+        for name, (_, s, _) in parts.items()
+        for value in (s**2) / (s**2).sum().clamp(min=TINY) / cost[name]
+        if value * cost[name] > ROUNDING
+    ]
+    ranks, left = dict.fromkeys(parts, 1), budget * sum(whole.values()) - sum(cost.values())
+    taken: set[str] = set()
+    for _, name in sorted(worth, reverse=True):
+        if name not in taken:  # the largest of each layer is in already
+            taken.add(name)
+            continue
+        more = min((ranks[name] + 1) * cost[name], whole[name]) - min(ranks[name] * cost[name], whole[name])
+        if more > left:
+            break
+        ranks[name], left = ranks[name] + 1, left - more
+    return ranks
 
 
 def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,11 +147,6 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     return u.to(matrix.dtype), s.to(matrix.dtype), v.to(matrix.dtype)
-
-
-def _lost(values: Tensor, rank: int) -> float:
-    """The Frobenius norm of what is cut off, relative to the whole."""
-    return float(values[rank:].norm() / values.norm().clamp(min=1e-30))
 
 
 def _pair(layer: nn.Linear | nn.Conv2d, u: Tensor, s: Tensor, v: Tensor) -> nn.Module:

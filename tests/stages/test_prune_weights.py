@@ -134,7 +134,7 @@ def test_low_rank_replaces_what_gets_smaller(model, context, task) -> None:
     replaced = LowRank(rank=8).run(copy.deepcopy(model), ctx)
     assert [module.weight.shape[0] for module in replaced.conv] == [8, 32]
     assert ctx.facts["ranks"] == {"stem.0": 8, "conv": 8, "shortcut.1": 8}
-    assert "'head.3' stays as it is: rank 4 would take 144 parameters instead of 128" in ctx.notes
+    assert "would get larger, and stay as they are: 'head.3' (128 parameters, 144 with rank 4)" in ctx.notes
     assert 0 < ctx.facts["relative_errors"]["conv"] < 1 and error(replaced, model, task) < 1
 
 
@@ -147,6 +147,15 @@ def test_energy_and_budget_say_how_much_is_kept(model, context, task) -> None:
     assert ctx.facts["ranks"] == {"conv": 3}
     half = LowRank(budget=0.5, layers=["conv"]).run(copy.deepcopy(model), ctx)
     assert 0.4 < sum(layer.weight.numel() for layer in half.conv) / model.conv.weight.numel() <= 0.5
+
+
+def test_a_budget_goes_where_it_explains_most(model, context, task) -> None:
+    model.conv.weight.data = torch.einsum("o,ihw->oihw", torch.randn(32), torch.randn(32, 3, 3))  # of rank 1
+    ctx = context(model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    replaced = LowRank(budget=0.5).run(copy.deepcopy(model), ctx)
+    assert ctx.facts["ranks"]["conv"] == 1 and error(replaced, model, task) < 1e-3
+    assert sum(parameter.numel() for parameter in replaced.parameters()) < 0.5 * before
 
 
 def test_a_strided_dilated_convolution_keeps_its_geometry(context, task) -> None:
@@ -166,7 +175,7 @@ def test_a_layer_that_others_read_is_left_alone(context) -> None:
 
 
 def test_low_rank_that_saves_nothing_is_an_error(model, context) -> None:
-    with pytest.raises(StageError, match=r"no layer of this model gets smaller.*rank 27 would take"):
+    with pytest.raises(StageError, match=r"no layer of this model gets smaller.*'stem.0' \(864 parameters"):
         LowRank(rank=100).run(model, context(model))
 
 
