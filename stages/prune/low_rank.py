@@ -115,7 +115,7 @@ class LowRank:
 
 
 def _within(budget: float, parts: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict[str, int]:
-    """Ranks that take at most `budget` of the parameters of all layers, one at least.
+    """Ranks, 1 at least, that take at most `budget` of the parameters of all layers; StageError if there are none.
 
     Singular values are taken in the order of what they explain of their layer per parameter that they cost. A layer
     whose rank would take more than it has is kept whole.
@@ -129,6 +129,9 @@ def _within(budget: float, parts: dict[str, tuple[Tensor, Tensor, Tensor]]) -> d
         if value * cost[name] > ROUNDING
     ]
     ranks, left = dict.fromkeys(parts, 1), budget * sum(whole.values()) - sum(cost.values())
+    if left < 0:
+        least = sum(cost.values()) / sum(whole.values())
+        raise StageError(f"budget={budget} is less than the {least:.1%} that rank 1 of every layer takes; raise budget")
     taken: set[str] = set()
     for _, name in sorted(worth, reverse=True):
         if name not in taken:  # the largest of each layer is in already

@@ -177,6 +177,8 @@ def test_a_layer_that_others_read_is_left_alone(context) -> None:
 def test_low_rank_that_saves_nothing_is_an_error(model, context) -> None:
     with pytest.raises(StageError, match=r"no layer of this model gets smaller.*'stem.0' \(864 parameters"):
         LowRank(rank=100).run(model, context(model))
+    with pytest.raises(StageError, match=r"budget=0.01 is less than the \d+\.\d% that rank 1"):
+        LowRank(budget=0.01).run(model, context(model))
 
 
 @pytest.mark.parametrize(
