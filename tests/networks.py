@@ -121,9 +121,9 @@ class UsedTwice(nn.Module):
 
 
 class Attention(nn.Module):
-    """Written by hand; its heads are split by what `split` is."""
+    """Written by hand; `split` says what of the split into heads is fixed."""
 
-    def __init__(self, split: str = "unflatten") -> None:
+    def __init__(self, split: str = "heads") -> None:
         super().__init__()
         self.heads, self.split, width = 4, split, 32
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return x + self.out(mixed.flatten(2))
 
     def in_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)) if self.split == "unflatten" else x.view(*x.shape[:2], 4, 8)
+        return x.unflatten(2, {"heads": (self.heads, -1), "width": (-1, 8), "constants": (4, 8)}[self.split])
 
 
 def text_encoder() -> nn.Module:
@@ -152,7 +152,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "multi-head attention": lambda: Text(SelfAttention()),
     "transformer": lambda: Text(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)),
     "attention by hand": lambda: Text(Attention()),
-    "attention with constants": lambda: Text(Attention("view")),
+    "attention with constants": lambda: Text(Attention("constants")),
+    "attention of fixed width": lambda: Text(Attention("width")),
     "lstm": lambda: Text(Recurrent()),
     "gru": lambda: Text(Recurrent(nn.GRU)),
     "tied": Tied,

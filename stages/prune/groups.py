@@ -114,14 +114,14 @@ class Surgeon:
 
     def _attempt(self, removals: list[Removal]) -> str | None:
         """Remove all of them, or none; return the reason in the second case."""
-        before = snapshot(self.model)
+        before, heads = snapshot(self.model), dict(self.heads)
         try:
             for removal in removals:
                 self._cut(removal)
             self._check()
         except Exception as error:  # of Torch-Pruning, or of the user's own forward
             restore(before)
-            self._graph = None
+            self._graph, self.heads = None, heads
             return str(error) if isinstance(error, RefusedError) else f"without some of its channels, {_said(error)}"
         return None
 
@@ -168,6 +168,8 @@ class Surgeon:
                     f"heads, {removal.group.parts}, and could be lowered"
                 )
             setattr(owner, names[0], removal.group.parts - len(removal.indices))
+        for name in removal.group.heads:
+            self.heads[self.model.get_submodule(name)] -= len(removal.indices)
 
     def _check(self) -> None:
         self._tie_again()
@@ -177,6 +179,12 @@ class Surgeon:
             raise RefusedError(f"the outputs would have shapes {_plain(shapes)} instead of {_plain(self._expected)}")
         if not all(torch.isfinite(tensor).all() for tensor in outputs):
             raise RefusedError("the outputs would be NaN or infinite")
+        if self.heads and (found := heads_in(self.model, self.inputs)) != self.heads:
+            layer = next(layer for layer, heads in self.heads.items() if found.get(layer) != heads)
+            raise RefusedError(
+                f"the output of '{self._names[layer]}' would be cut into {found.get(layer, 'no')} heads instead of "
+                f"{self.heads[layer]}, because their width is fixed; heads=true removes whole ones"
+            )
 
     def _tie_again(self) -> None:
         """Torch-Pruning makes new parameters, one for each layer that shared one."""

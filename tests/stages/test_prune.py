@@ -25,7 +25,11 @@ EXPECTED = {
     "multi-head attention": (0.4, ""),
     "transformer": (0.4, ""),
     "attention by hand": (0.4, ""),
-    "attention with constants": (0.6, "'body.value' stays as it is: .*is invalid for input"),
+    "attention with constants": (0.6, "'body.value' stays as it is: .*don't multiply up"),
+    "attention of fixed width": (
+        0.6,
+        "'body.value' stays as it is: .*cut into 2 heads instead of 4, because their width",
+    ),
     "lstm": (0.9, r"'body.before' stays as it is: its channels run through 'body.recurrent' \(LSTM\)"),
     "gru": (0.9, "'body.before' stays as it is: Torch-Pruning cannot follow its channels"),
     "tied": (0.4, ""),
@@ -112,9 +116,10 @@ def test_rounds_reach_the_same_width_with_training_between_them(model, context) 
     assert not torch.equal(in_rounds.head[3].bias, at_once.head[3].bias)  # nothing but training changes it
 
 
-def test_whole_heads_go(context) -> None:
+@pytest.mark.parametrize("split", ["heads", "width"])
+def test_whole_heads_go(split: str, context) -> None:
     torch.manual_seed(0)
-    model, inputs = Text(Attention()).eval(), example("text")
+    model, inputs = Text(Attention(split)).eval(), example("text")
     Channels(heads=True, keep=["body.out"]).run(model, with_task(model, inputs, context))
     assert (model.body.heads, model.body.query.out_features, model.body.out.in_features) == (2, 16, 16)
     assert model(inputs).shape == (2, 4)
