@@ -4,10 +4,10 @@
     python benchmarks/compression.py --task docstrings --seeds 0 --only static dynamic
     python benchmarks/compression.py --table               # the tables of what was run before, at once
 
-Every option is run on reference networks that were trained from three seeds, on both reference tasks. Quality is pooled
-over the seeds: the differences to the network as it came in, on the same test samples, with Tango's interval. Latency is
-that of the exported file against the unoptimised export of the same network, paired, one thread, batch 1; its mean and
-interval (Student) are over the seeds. What was finished is kept in outputs/benchmarks/compression, and not run again.
+Every option is run on reference networks that were trained from three seeds, on both reference tasks. Quality is
+pooled over the seeds: the differences to the network as it came in, on the same test samples, with Tango's interval.
+Latency is that of the exported file against the unoptimised export of the same network, paired, one thread, batch 1;
+its mean and interval (Student) are over the seeds. What was finished is kept in outputs/benchmarks/compression, and not run again.
 """
 
 from __future__ import annotations
@@ -318,10 +318,9 @@ def row_of(task: str, seeds: list[int], option: Option) -> list[str] | None:
     if option.family == SIMULATED:
         simulated = np.mean([result.facts["simulated_packed_bytes"] for result in done.values()])
         size, compressed = f"{simulated / 1000:.1f} simulated", "–"
-    return [
-        option.name, str(len(done)), f"{judged.value:.2%}",
-        f"{100 * judged.delta:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", size, compressed, ratio_of(list(done.values())),
-    ]  # fmt: skip
+    delta = f"{100 * judged.delta:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    ratio = ratio_of(list(done.values()))
+    return [option.name, str(len(done)), f"{judged.value:.2%}", delta, size, compressed, ratio]
 
 
 def pooled(task: str, seeds: list[int], option: Option) -> Quality:

@@ -33,7 +33,7 @@ from optpipe.progress import quiet
 from optpipe.report.schema import Finding
 from optpipe.target import Target
 from optpipe.task import Task, top1_accuracy
-from stages.quantize.static import Static
+from optpipe.stages.quantize.static import Static
 
 Shape = tuple[int, ...]
 

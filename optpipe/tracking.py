@@ -204,7 +204,7 @@ def _metrics(measurement: Measurement | NotMeasured) -> dict[str, float]:
     if isinstance(measurement, NotMeasured):
         return {}
     metrics: dict[str, float] = {}
-    for name in ("size_bytes", "peak_memory_bytes"):
+    for name in ("size_bytes", "compressed_bytes", "peak_memory_bytes"):
         if not isinstance(value := getattr(measurement, name), NotMeasured):
             metrics[name] = value
     if not isinstance(quality := measurement.quality, NotMeasured):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 Loss = Callable[[Inputs, Any, Any], Tensor]  # of (inputs, outputs, target): the mean over the samples of a batch
+KEEPS_ZEROS = "keeps_zeros"  # attribute of a module: the names of its parameters whose zeros stay zero in training
 
 
 @dataclass
@@ -149,6 +150,7 @@ class _Loop:
         self.training, self.fabric, self.rate, self.steps = training, fabric, rate, steps
         self.plain_optimizer = optimizer
         self.model, self.optimizer = fabric.setup(training.model, optimizer)
+        self.zero_again = kept_zeros(training.model)
         self.scaler = getattr(fabric.strategy.precision, "scaler", None)
         self.average = _Average(training.model, training.schedule.ema) if training.schedule.ema else None
 
@@ -225,6 +227,7 @@ class _Loop:
         if overflowed:  # the scaler has left the step out
             history.overflows[-1] += 1
             return
+        self.zero_again()
         if self.training.after_step:
             self.training.after_step()
         if self.average:
@@ -396,6 +399,19 @@ def _part_of(value: Any, size: int, rank: int, world: int) -> Any:
 def _is_list_of(value: Any, size: int) -> bool:
     """Whether `value` holds something of each sample; a list of as many tensors as samples would be one of batches."""
     return isinstance(value, list) and len(value) == size and not any(isinstance(item, Tensor) for item in value)
+
+
+def kept_zeros(model: nn.Module) -> Callable[[], None]:
+    """What sets the weights back to zero that a pruning stage made zero, to be called after every step of training."""
+    pruned = [getattr(m, name) for m in model.modules() for name in getattr(m, KEEPS_ZEROS, ())]
+    zeros = [(weight, weight == 0) for weight in pruned]
+
+    def zero_again() -> None:
+        with torch.no_grad():
+            for weight, mask in zeros:
+                weight.masked_fill_(mask, 0.0)
+
+    return zero_again
 
 
 def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:

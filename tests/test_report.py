@@ -147,6 +147,13 @@ def test_nothing_measured_of_the_final_model(tmp_path: Path) -> None:
     assert text.count("no instrument") > 6
 
 
+def test_the_compressed_size_stands_beside_the_size(tmp_path: Path) -> None:
+    report = replace(reports.full(), baseline=replace(reports.baseline(), compressed_bytes=90_000))
+    small = replace(reports.measurement(), compressed_bytes=11_000)
+    text = page(replace(report, final=Final(artifact="model/a.onnx", measurement=small)), tmp_path)
+    assert "compressed for download 90.0 KB → 11.0 KB" in text and "100 KB, 90.0 KB compressed" in text
+
+
 def test_users_text_is_not_markup(tmp_path: Path) -> None:
     evil = "<script>alert('x')</script><img src=x onerror=alert(1)>\" onload=\"1"
     report = reports.full()

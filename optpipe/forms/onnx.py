@@ -31,6 +31,10 @@ def load(folder: Path) -> ExportedFile:
     return ExportedFile(folder / FILE, NAME)
 
 
+def files(folder: Path) -> list[Path]:
+    return [folder / FILE]
+
+
 def size_bytes(folder: Path) -> int:
     return (folder / FILE).stat().st_size
 

@@ -27,6 +27,10 @@ def load(folder: Path) -> ExportedProgram:
     return torch.export.load(folder / "program.pt2")
 
 
+def files(folder: Path) -> list[Path]:
+    return [folder / "program.pt2"]
+
+
 def size_bytes(folder: Path) -> int:
     return (folder / "program.pt2").stat().st_size
 

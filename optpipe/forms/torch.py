@@ -39,6 +39,10 @@ def load(folder: Path) -> nn.Module:
     return model
 
 
+def files(folder: Path) -> list[Path]:
+    return [folder / "weights.safetensors"]
+
+
 def size_bytes(folder: Path) -> int:
     return (folder / "weights.safetensors").stat().st_size
 

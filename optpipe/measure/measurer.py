@@ -17,7 +17,7 @@ from torch import nn
 
 from optpipe import lower
 from optpipe.errors import StageError
-from optpipe.forms import form, form_of
+from optpipe.forms import compressed_bytes, form, form_of
 from optpipe.machine import machine_lock
 from optpipe.measure import child, energy, explain, quality, roofline
 from optpipe.measure.inspect import Inspection, inspect
@@ -97,6 +97,7 @@ class Measurer:
             lost = next((latency for latency in timed if isinstance(latency, NotMeasured)), None)
             return Measurement(
                 size_bytes=form("torch").size_bytes(self._folder),
+                compressed_bytes=compressed_bytes(form("torch"), self._folder),
                 quality=self._quality(self._reference["test"]),
                 latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
                 peak_memory_bytes=eager.peak_memory_bytes,
@@ -107,18 +108,22 @@ class Measurer:
         """Figures of `model`, whose form was saved to `folder`; size and latency of a preview if it is no file yet."""
         with self._clock():
             size: int | NotMeasured
+            compressed: int | NotMeasured
             preview = False
             try:
                 if not (self.settings.previews or self._is_deployable(model)):
                     raise StageError("measure.previews=false")
                 contender, preview = self._contender(model, folder, self.target.threads)
                 (timed,) = self._time(contender, [1], folder.name)
-                size = form(RUNTIMES[contender.runtime]).size_bytes(contender.folder)
+                shipped = form(RUNTIMES[contender.runtime])
+                size = shipped.size_bytes(contender.folder)
+                compressed = compressed_bytes(shipped, contender.folder)
             except StageError as error:
                 timed = Timed.nothing(f"no preview of this model was exported: {error}")
-                size = NotMeasured(f"no preview of this model was exported: {error}")
+                size = compressed = NotMeasured(f"no preview of this model was exported: {error}")
             return Measurement(
                 size_bytes=size,
+                compressed_bytes=compressed,
                 quality=self._quality(self._predict(model, "test")),
                 latency=timed.latencies(preview=preview),
                 peak_memory_bytes=timed.peak_memory_bytes,
@@ -201,8 +206,13 @@ class Measurer:
                 f"the pipeline ends with form '{current.NAME}', which target.runtime={self.target.runtime} does not "
                 "run; end it with an export, or see the steps for the figures of their previews"
             )
-            size = current.size_bytes(folder)
-            return replace(measurement, size_bytes=size, latency=reason, peak_memory_bytes=reason)
+            return replace(
+                measurement,
+                size_bytes=current.size_bytes(folder),
+                compressed_bytes=compressed_bytes(current, folder),
+                latency=reason,
+                peak_memory_bytes=reason,
+            )
         measurement = self.explained(measurement, model, folder)
         if measurement.headline() is None:
             return measurement

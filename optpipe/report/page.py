@@ -112,8 +112,11 @@ class Page:
         rows = []
         for label, found, chained in self._measured():
             value = found if isinstance(found, NotMeasured) else found.size_bytes
-            rows.append(Row(label=label, said=figures.words(value, figures.size), value=value, chained=chained))
-        return charts.waterfall("size", "Size of the file after every step", rows)
+            said = figures.words(value, figures.size)
+            if isinstance(found, Measurement) and not isinstance(found.compressed_bytes, NotMeasured):
+                said += f", {figures.size(found.compressed_bytes)} compressed"
+            rows.append(Row(label=label, said=said, value=value, chained=chained))
+        return charts.waterfall("size", "Size of the file after every step, and of its download compressed", rows)
 
     def latency_chart(self) -> Markup:
         """Time relative to the model as it came in, since that is what the rounds compare."""
@@ -258,7 +261,11 @@ def _size(before: Measurement, after: Measurement) -> Key:
             return Key("Size", "not measured", value.not_measured)
     assert isinstance(was, int | float) and isinstance(now, int | float)
     shrunk = figures.shrunk(was, now) if was and now else "–"
-    return Key("Size", shrunk, f"{figures.size(was)} → {figures.size(now)}")
+    said = f"{figures.size(was)} → {figures.size(now)}"
+    packed = (before.compressed_bytes, after.compressed_bytes)
+    if not any(isinstance(value, NotMeasured) for value in packed):
+        said += "; compressed for download " + " → ".join(figures.words(value, figures.size) for value in packed)
+    return Key("Size", shrunk, said)
 
 
 def _quality(before: Measurement, after: Measurement) -> Key:

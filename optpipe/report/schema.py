@@ -170,6 +170,9 @@ class Measurement:
     findings: list[Finding] = field(default_factory=list)
     roofline: Roofline | NotMeasured = NotMeasured("only the final model's is computed")
     operators: list[Operator] = field(default_factory=list)  # slowest first
+    compressed_bytes: int | NotMeasured = NotMeasured(
+        "not looked at"
+    )  # of a download: what size_bytes counts, deflated
 
     def headline(self) -> Latency | None:
         """Latency at batch 1 with the target's threads, where it could be measured."""
