@@ -7,7 +7,8 @@
 Every option is run on reference networks that were trained from three seeds, on both reference tasks. Quality is
 pooled over the seeds: the differences to the network as it came in, on the same test samples, with Tango's interval.
 Latency is that of the exported file against the unoptimised export of the same network, paired, one thread, batch 1;
-its mean and interval (Student) are over the seeds. What was finished is kept in outputs/benchmarks/compression, and not run again.
+its mean and interval (Student) are over the seeds. What was finished is kept in outputs/benchmarks/compression, and
+not run again.
 """
 
 from __future__ import annotations

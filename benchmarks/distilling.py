@@ -20,7 +20,7 @@ from optpipe.context import Context
 from optpipe.recompute import recomputed
 from optpipe.schedule import Precision
 from optpipe.stages.distill import Features, Finetune, Logits
-from optpipe.stages.prune import Channels
+from optpipe.stages.prune.channels import Channels
 from optpipe.target import Target
 from optpipe.training import make_fabric
 from optpipe.zoo import digits, docstrings

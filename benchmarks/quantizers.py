@@ -42,7 +42,7 @@ from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
 from optpipe.progress import say
 from optpipe.runtimes.onnxruntime import session_options
-from optpipe.stages.prune import Channels  # type: ignore[import-not-found]
+from optpipe.stages.prune.channels import Channels  # type: ignore[import-not-found]
 from optpipe.stages.quantize.static import Signedness, Static  # type: ignore[import-not-found]
 from optpipe.target import InstructionSet, Target
 from optpipe.task import Task, batch_of

@@ -31,9 +31,9 @@ from optpipe.measure.settings import Measure
 from optpipe.measure.statistics import Ratio
 from optpipe.progress import quiet
 from optpipe.report.schema import Finding
+from optpipe.stages.quantize.static import Static
 from optpipe.target import Target
 from optpipe.task import Task, top1_accuracy
-from optpipe.stages.quantize.static import Static
 
 Shape = tuple[int, ...]
 

@@ -152,7 +152,7 @@ def test_the_loss_is_that_of_the_paper_and_ignored_positions_do_not_count() -> N
 
 
 def test_hints_bring_the_layers_of_a_narrower_student_closer(model, context, task) -> None:
-    from optpipe.stages.prune import Channels
+    from optpipe.stages.prune.channels import Channels
 
     student = Channels(ratio=0.5).run(copy.deepcopy(model), context(model))
     names = dict(student.named_modules())
