@@ -1,6 +1,6 @@
 """What each way to train gives back to a network without 70 % of its channels: `python benchmarks/distilling.py`.
 
-On digits, one seed, 10 epochs each, about 3 minutes on 2 quiet cores. Then what a training step costs in each
+On digits, one seed, 10 epochs each; takes minutes. Then what a training step costs in each
 precision, and what it remembers for the backward pass: fastest of several steps in turns, 1 thread, batch 32.
 """
 
