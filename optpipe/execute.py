@@ -55,6 +55,8 @@ def describe(plan: Plan) -> str:
     for number, (entry, before, after) in enumerate(forms_along(plan.entries), 1):
         name = f"{entry.key} ({entry.info.name})" if isinstance(entry, Step) else entry.key
         lines.append(f"  {number}. {name:<40} {before} -> {after}")
+        for branch in () if isinstance(entry, Step) else entry.branches:
+            lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
     limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")

@@ -369,11 +369,9 @@ class Loop:
         original = self._entrant(choice, self._as_entrant(before, folder)) if competes else None
         branches: list[_Branch] = []
         for number, steps in enumerate(choice.branches, 1):
-            branch = self._branch(choice, steps, before, folder, number)
+            branch = self._branch(choice, steps, before, original, [folder / f"{number}_{step.key}" for step in steps])
             del self.report.stages[kept:]
             branches.append(branch)
-            if branch.state and branch.entrant:
-                branch.refused = self._refusal(branch.state, branch.entrant, before, original)
             if choice.how == "first_of" and branch.entrant and not (branch.refused or branch.entrant.broken):
                 break
         chosen = self._chosen(choice, branches)
@@ -385,6 +383,7 @@ class Loop:
             if result.status != "failed":
                 self.tracker.rolled_back(result)
         if chosen is None:
+            assert original is not None
             return self._unchanged(choice, before, original, attempts)
         assert chosen.state is not None and chosen.entrant is not None
         if original:
@@ -394,15 +393,18 @@ class Loop:
         self.report.stages.extend(chosen.results)
         return replace(chosen.state, results=len(self.report.stages))
 
-    def _branch(self, choice: Choice, steps: tuple[Step, ...], before: State, folder: Path, number: int) -> _Branch:
+    def _branch(
+        self, choice: Choice, steps: tuple[Step, ...], before: State, original: Entrant | None, folders: list[Path]
+    ) -> _Branch:
         """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
-        first = len(self.report.stages)
-        branch = _Branch("+".join(step.key for step in steps))
+        first, branch = len(self.report.stages), _Branch("+".join(step.key for step in steps))
         state = before.reloaded()
         try:
-            for step in steps:
-                state = self._step(step, state, folder / f"{number}_{step.key}")
-            branch.state, branch.entrant = state, self._entrant(choice, state)
+            for step, folder in zip(steps, folders, strict=True):
+                state = self._step(step, state, folder)
+            entrant = original if original and state.hash == before.hash else self._entrant(choice, state)
+            branch.state, branch.entrant = state, entrant
+            branch.refused = self._refusal(state, entrant, before, original)
         except StageError as error:
             branch.refused = str(error)
         branch.results = self.report.stages[first:]
@@ -422,7 +424,7 @@ class Loop:
         """`before`, measured as its branches are: the model as it came in, too, in the target's runtime."""
         if before.hash != self.states[0].hash:
             return before
-        say("  the model before them …")
+        say("  the model before the alternatives …")
         own = folder / "0_before"
         own.mkdir(parents=True)
         return replace(before, measurement=self.measurer.measure(before.model, own))
@@ -450,9 +452,8 @@ class Loop:
 
         return contest.shortcoming(entrant, original, self.plan.measure.margin, gains_quality)
 
-    def _unchanged(self, choice: Choice, before: State, original: Entrant | None, attempts: list[Attempt]) -> State:
+    def _unchanged(self, choice: Choice, before: State, original: Entrant, attempts: list[Attempt]) -> State:
         """Nothing is better than the model before the choice: it goes on."""
-        assert original is not None
         said = f"no alternative of {choice.how} is better than the model before it, which goes on: {original.said()}"
         say(f"  {said}")
         result = StageResult(

@@ -21,7 +21,7 @@ AGAIN = "+clip@again=weights"
 SPOILT = "clip.limit=0.001"  # all weights nearly alike: digits by chance
 LIMIT = "budget.quality_drop=0.05"
 MARGIN = 0.02
-HERE = ("target.instruction_set=auto", "measure.explain=false", "measure.noise_limit=1000", "measure.max_seconds=0.3")
+HERE = ("target.instruction_set=host", "measure.explain=false", "measure.noise_limit=1000", "measure.replicas=2")
 
 
 def entrant(speedup: float = 2.0, half: float = 0.1, size: int = 1000, drop: float = 0.0, *broken: str) -> Entrant:
@@ -60,7 +60,7 @@ def why_not(one: Entrant, before: Entrant, gains: bool = False) -> str:
     ],
 )
 def test_what_is_better_than_the_model_before(one: Entrant, words: str) -> None:
-    said = why_not(one, entrant(2.0, half=0.02))
+    said = why_not(one, entrant(2.0, half=0.1))
     assert words in said and bool(words) == bool(said)
 
 
@@ -95,21 +95,20 @@ def test_figures_read_as_a_sentence() -> None:
     assert untimed(entrant()).said().startswith("latency not measured, 1.00 KB")
 
 
-@pytest.mark.parametrize("policy", ["warn", "stop", "rollback"])
-def test_where_nothing_helps_the_model_before_goes_on(project: Path, policy: str) -> None:
+def test_where_nothing_helps_the_model_before_goes_on(project: Path) -> None:
     report = run(
-        project, PREVIEWS, BROKEN, AGAIN, SPOILT, "again.limit=0.9", LIMIT, f"budget.policy={policy}",
-        "pipeline=[{best_of: [broken,clip,again]},trace,export]",
+        project, PREVIEWS, BROKEN, AGAIN, SPOILT, "again.limit=0.3", LIMIT, "budget.policy=stop",
+        "pipeline=[{best_of: [broken,clip,again]},trace]",
     )  # fmt: skip
     choice, *others = report.stages
-    assert report.status == "ok" and [result.key for result in others] == ["trace", "export"]
+    assert report.status == "ok" and [result.key for result in others] == ["trace"]
     assert (choice.key, choice.stage, choice.status) == ("best_of_broken_clip_again", "best_of", "unchanged")
     assert choice.measurement == report.baseline
     broken, spoilt, useless = choice.attempts
     assert not any(attempt.ok or attempt.chosen for attempt in choice.attempts)
     assert "raised KeyError" in broken.reason and isinstance(broken.size_bytes, NotMeasured)
     assert "quality_drop is" in spoilt.reason and "points [" in spoilt.reason
-    assert spoilt.quality_drop > 0.5 and spoilt.quality_drop_ci95[0] > 0.05 and spoilt.size_bytes > 0
+    assert spoilt.quality_drop > spoilt.quality_drop_ci95[0] > 0.05 and spoilt.size_bytes > 0
     assert "not timed beside the model before it, and no smaller" in useless.reason
     assert "which goes on: latency not measured" in choice.notes[0]
     assert Report.read(project / "run") == report
@@ -120,15 +119,13 @@ def test_where_nothing_helps_the_model_before_goes_on(project: Path, policy: str
 
 
 def test_a_branch_that_changed_nothing_is_refused(project: Path) -> None:
-    report = run(
-        project, PREVIEWS, AGAIN, "clip.limit=100", "again.limit=200", "pipeline=[{best_of: [clip,again]},trace]"
-    )
+    report = run(project, PREVIEWS, AGAIN, "clip.limit=100", "again.limit=200", "pipeline=[{best_of: [clip,again]}]")
     assert report.stages[0].status == "unchanged"
     assert all(attempt.reason.startswith("it changed nothing") for attempt in report.stages[0].attempts)
 
 
 def test_the_smaller_file_wins_and_the_others_stay_as_attempts(project: Path) -> None:
-    report = run(project, PREVIEWS, LIMIT, "clip.limit=0.9", "pipeline=[{best_of: [clip,quantize]},trace,export]")
+    report = run(project, PREVIEWS, LIMIT, "clip.limit=0.3", "pipeline=[{best_of: [clip,quantize]}]")
     chosen = report.stages[0]
     assert chosen.key == "quantize" and chosen.status == "ok"
     assert [(attempt.ok, attempt.chosen) for attempt in chosen.attempts] == [(False, False), (True, True)]
@@ -138,7 +135,7 @@ def test_the_smaller_file_wins_and_the_others_stay_as_attempts(project: Path) ->
 
 def test_quality_that_is_regained_is_not_given_up(project: Path) -> None:
     words = ("+distill@train=finetune", "+distill@train_more=finetune", "train.epochs=1", "train_more.epochs=4")
-    report = run(project, PREVIEWS, LIMIT, SPOILT, *words, "pipeline=[clip,{best_of: [train,train_more]},trace,export]")
+    report = run(project, PREVIEWS, LIMIT, SPOILT, *words, "pipeline=[clip,{best_of: [train,train_more]}]")
     assert report.stages[1].key in ("train", "train_more")
     before, after = (stage.measurement.quality.value for stage in report.stages[:2])
     assert after > before + 0.2
@@ -160,7 +157,7 @@ def test_alternatives_that_change_the_form_cannot_be_left_out(project: Path) -> 
 
 def test_the_engines_gain_is_not_taken_for_the_branchs(project: Path) -> None:
     """Clipping changes no time; the model before it is timed in the target's runtime too, not in eager PyTorch."""
-    report = run(project, PREVIEWS, *HERE, BROKEN, "clip.limit=0.9", "pipeline=[{best_of: [clip,broken]},trace,export]")
+    report = run(project, PREVIEWS, *HERE, BROKEN, "clip.limit=0.3", "pipeline=[{best_of: [clip,broken]}]")
     clip = report.stages[0].attempts[0]
     assert clip.latency.runtime == "onnxruntime" and " ms, " in clip.reason and "in the same runtime" in clip.reason
     assert clip.latency.speedup > 1.5  # against eager

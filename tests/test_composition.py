@@ -118,6 +118,18 @@ def test_alternatives_compose_from_keys_and_branches() -> None:
     assert [[step.key for step in branch] for branch in choice.branches] == [["prune", "quantize"], ["quantize"]]
 
 
+def test_a_recipe_places_a_family_under_keys_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    text = "# @package _global_\ndefaults: [/quantize@static: static, /quantize@careful: static_edge]\n"
+    (tmp_path / "recipe" / "mine.yaml").write_text(f"{text}pipeline: [{{best_of: [static, careful]}}, trace, export]\n")
+    words = ("+recipe=mine", f"--config-dir={tmp_path}", "static.observer=minmax")
+    choice = plans(*words)[0].entries[0]
+    assert isinstance(choice, Choice) and choice.key == "best_of_static_careful"
+    assert [branch[0].stage.observer.value for branch in choice.branches] == ["minmax", "histogram"]
+    text = problems(*words, "careful.observr=minmax")
+    assert "careful" in text and "no setting 'observr'" in text
+
+
 def test_branches_must_end_in_the_same_form() -> None:
     assert "every branch must give the same" in problems(EDGE, "pipeline=[{first_of:[quantize,trace]}]")
 
