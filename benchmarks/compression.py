@@ -154,6 +154,7 @@ def main() -> int:
     parser.add_argument("--task", choices=list(TASKS), action="append", help="by default both")
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--only", nargs="*", help="names of options")
+    parser.add_argument("--skip-timing", action="store_true", help="leave it to a later call, on a quiet machine")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--output", type=Path, help="a file to write the tables to as well")
     asked = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> int:
     if not asked.table:
         for seed in asked.seeds:
             for task in tasks:
-                run(task, seed, asked.only)
+                run(task, seed, asked.only, timed=not asked.skip_timing)
     text = "\n\n".join([where(), *(tables(task, asked.seeds) for task in tasks)])
     print(text)
     if asked.output:
@@ -171,7 +172,7 @@ def main() -> int:
     return 0
 
 
-def run(name: str, seed: int, only: list[str] | None) -> None:
+def run(name: str, seed: int, only: list[str] | None, *, timed: bool) -> None:
     """Run every option on the network of one seed that has not been run before, then time all of them."""
     task: Task = TASKS[name].task()
     baseline: nn.Module = TASKS[name].trained(seed)
@@ -191,7 +192,8 @@ def run(name: str, seed: int, only: list[str] | None) -> None:
             with machine_lock().working():
                 result, predictions = compress(option, baseline, task, folder, seed, measurer)
             keep(folder, result, predictions)
-        time(name, seed, chosen, task, bench)
+        if timed:
+            time(name, seed, chosen, task, bench)
 
 
 def compress(

@@ -130,6 +130,13 @@ def test_a_recipe_places_a_family_under_keys_of_its_own(tmp_path: Path) -> None:
     assert "careful" in text and "no setting 'observr'" in text
 
 
+def test_a_broken_recipe_does_not_hide_a_broken_override(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nprune: {rato: 0.5}\npipeline: [prune]\n")
+    said = problems("+recipe=mine", f"--config-dir={tmp_path}", "prune.ratoi=0.5")
+    assert "did you mean 'ratio'" in said and "Traceback" not in said
+
+
 def test_branches_must_end_in_the_same_form() -> None:
     assert "every branch must give the same" in problems(EDGE, "pipeline=[{first_of:[quantize,trace]}]")
 
