@@ -188,10 +188,7 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
     if not parent:
         known = sorted({*SCHEMAS, *registry.families(), *SETTINGS})
         return f"'{override}': there is no setting '{key}'{did_you_mean(key, known)}"
-    try:
-        config = compose("config", overrides=[f"+recipe={command.recipe}"] if command.recipe in recipes(None) else [])
-    except REFUSALS:  # the recipe's own mistakes, which are reported too
-        config = compose("config")
+    config = compose("config", overrides=[f"+recipe={command.recipe}"] if command.recipe in recipes(None) else [])
     node = OmegaConf.select(config, parent)
     fields = [str(name) for name in node] if isinstance(node, DictConfig) else []
     kind = f"{parent} ({owner})" if owner else parent
