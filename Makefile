@@ -7,7 +7,7 @@ demo:    ## run the main job
 	python -m optpipe +recipe=edge_int8
 
 test:    ## run the tests
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow" -n auto --dist worksteal
 
 slow:    ## run the proofs that take minutes
 	python -m pytest -m slow

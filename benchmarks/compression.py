@@ -297,17 +297,36 @@ def tables(task: str, seeds: list[int]) -> str:
     header = [
         "option", "seeds", "accuracy", "Δ points, pooled [95 %]", "KB", "compressed KB", "× same runtime [95 %]",
     ]  # fmt: skip
-    lines = [
-        f"### {task}",
-        "",
-        *markdown(header, [row for option in options(task) if (row := row_of(task, seeds, option))]),
-    ]
-    return "\n".join(lines)
+    rows = [row for option in options(task) if (row := row_of(task, seeds, option))]
+    best = ", ".join(front(task, seeds))
+    return "\n".join(
+        [f"### {task}", "", *markdown(header, rows), "", f"Not beaten in both accuracy and latency by another: {best}."]
+    )
+
+
+def front(task: str, seeds: list[int]) -> list[str]:
+    """The options that no other beats in both pooled accuracy and latency, the fastest last; by their estimates."""
+    points = []
+    for option in options(task):
+        done = finished(task, seeds, option)
+        if done and all(result.ratio for result in done.values()):
+            speed = float(np.mean([math.log(result.ratio) for result in done.values()]))
+            points.append((speed, pooled(task, list(done), option).value, option.name))
+    kept = [
+        point for point in points
+        if not any(other[0] >= point[0] and other[1] >= point[1] and other[:2] != point[:2] for other in points)
+    ]  # fmt: skip
+    return [name for *_, name in sorted(kept)]
+
+
+def finished(task: str, seeds: list[int], option: Option) -> dict[int, Result]:
+    """What the option made of each seed's network, where that was run."""
+    folders = {seed: folder_of(task, seed, option.name) for seed in seeds}
+    return {seed: read(folder) for seed, folder in folders.items() if (folder / "result.json").exists()}
 
 
 def row_of(task: str, seeds: list[int], option: Option) -> list[str] | None:
-    folders = {seed: folder_of(task, seed, option.name) for seed in seeds}
-    done = {seed: read(folder) for seed, folder in folders.items() if (folder / "result.json").exists()}
+    done = finished(task, seeds, option)
     if not done:
         return None
     failed = next((result.failed for result in done.values() if result.failed), "")

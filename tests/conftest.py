@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import Finished, finish, start
+from filelock import FileLock
 
 OUTSIDE = Path(__file__).parent / "outside"
 
 
+def pytest_configure() -> None:
+    """A core for each of several workers: torch processes with a thread on every core slow one another down tenfold."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of the test session have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(shared: Path) -> Path:
     """A user cache of the test session's own, as on a fresh machine."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder
 
@@ -48,15 +66,25 @@ def optpipe(project: Path, cache: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def edge_runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, Finished]:
+def edge_runs(shared: Path, cache: Path) -> tuple[Finished, Finished]:
     """The main recipe, started twice at once on a machine that has never run it, in two folders; one in short."""
-    folders = [tmp_path_factory.mktemp("first"), tmp_path_factory.mktemp("second")]
+    done = shared / "edge_runs.pickle"
+    with FileLock(shared / "edge_runs.lock"):  # one worker runs it for all
+        if not done.exists():
+            done.write_bytes(pickle.dumps(_edge_runs(shared, cache)))
+    first, second = pickle.loads(done.read_bytes())
+    return first, second
+
+
+def _edge_runs(shared: Path, cache: Path) -> list[Finished]:
+    folders = [shared / "first", shared / "second"]
     anywhere = "measure.noise_limit=1000"  # the tests ask for relations between figures, on machines that are not quiet
     words = ("+recipe=edge_int8", "measure=quick", anywhere, "distill.epochs=2")
     more = [("measure.previews=true",), ("target.batch_sizes=[1]", "benchmark.callers=[1]", "tracking=none")]
+    for folder in folders:
+        folder.mkdir()
     processes = [start(folder, *words, *own, cache=cache) for folder, own in zip(folders, more, strict=True)]
-    first, second = (finish(process, folder) for process, folder in zip(processes, folders, strict=True))
-    return first, second
+    return [finish(process, folder) for process, folder in zip(processes, folders, strict=True)]
 
 
 @pytest.fixture(scope="session")

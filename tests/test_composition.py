@@ -132,7 +132,9 @@ def test_a_recipe_places_a_family_under_keys_of_its_own(tmp_path: Path) -> None:
 
 def test_a_broken_recipe_does_not_hide_a_broken_override(tmp_path: Path) -> None:
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\ndefaults: [override /prune: chanels]\npipeline: [prune]\n")
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [override /prune: chanels]\npipeline: [prune]\n"
+    )
     said = problems("+recipe=mine", f"--config-dir={tmp_path}", "seeed=1", "prune.rato=0.5")
     assert "did you mean 'channels'" in said and "did you mean 'seed'" in said
 
