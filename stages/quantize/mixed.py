@@ -37,17 +37,15 @@ class Mixed(Static):
             raise ValueError(f"max_drop is {self.max_drop}; it must not be negative")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
-        import copy
-
         from optpipe.measure import quality
 
-        from .posttraining import calibrate, convert, prepare
+        from .posttraining import calibrate, convert, copied, prepare
         from .sensitivity import Sensitivity, table
 
         prepared, quantizer = prepare(model, self, ctx)
         calibrate(prepared, quantizer, ctx, self.calibration_batches)
-        sensitivity = Sensitivity(copy.deepcopy(prepared), quantizer, ctx)
-        found = sensitivity.analyse()
+        sensitivity = Sensitivity(copied(prepared), quantizer, ctx)
+        found = sensitivity.analyse(judged=self.sensitivity)
         ctx.table(table(found, ctx.task.metric.unit))
         ranked = [entry.layer for entry in sorted(found, key=lambda entry: entry.output_sqnr_db)]
         count = self._fewest(sensitivity, ranked)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +114,13 @@ def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context
         ctx.note(f"in float: {', '.join(sorted(quantizer.keep))}")
     quantised: nn.Module = converted
     return quantised
+
+
+def copied(prepared: GraphModule) -> GraphModule:
+    """A copy whose observers and graph can be changed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
+        return copy.deepcopy(prepared)
 
 
 def _first_not_finite(graph: GraphModule, inputs: Any) -> str:

@@ -21,6 +21,7 @@ from optpipe.task import call, tensors_in
 from .placement import OnnxRuntimeQuantizer, attribute, layer_of
 
 OUTLIER = 6.0  # standard deviations from the mean
+ALONE, ACCUMULATED = "SQNR alone, dB", "SQNR accumulated, dB"
 NOTHING = 1e-30  # powers below are none
 
 
@@ -31,7 +32,7 @@ class LayerSensitivity:
     layer: str
     sqnr_db: float  # of its output, when it alone is quantised
     output_sqnr_db: float  # of the model's output then
-    quality_drop: float  # of the model on validation then
+    quality_drop: float | None  # of the model on validation then; None where that was not asked for
     accumulated_sqnr_db: float  # of its output when the whole model is quantised: the error's growth
     outlier_share: float  # of its input's values that lie beyond OUTLIER standard deviations
     input_noise: float  # mean squared rounding error of its input
@@ -90,8 +91,11 @@ class Sensitivity:
         kept = set(kept)
         return quality.drop(self._predict(layer for layer in self.layers if layer not in kept), self.float)
 
-    def analyse(self) -> list[LayerSensitivity]:
-        """What each layer costs, in the order that they run; noise is measured on the first calibration batch."""
+    def analyse(self, *, judged: bool) -> list[LayerSensitivity]:
+        """What each layer costs, in the order that they run; noise is measured on the first calibration batch.
+
+        judged: whether the model is evaluated on validation for each layer.
+        """
         batch, _ = next(iter(self.ctx.task.calibration))
         exact, exact_output = self._look(batch, [])
         everything, _ = self._look(batch, self.layers)
@@ -106,7 +110,7 @@ class Sensitivity:
                     layer=layer,
                     sqnr_db=sqnr_db(exact[node], alone[node]),
                     output_sqnr_db=sqnr_db(exact_output, output),
-                    quality_drop=quality.drop(self._predict([layer]), self.float),
+                    quality_drop=quality.drop(self._predict([layer]), self.float) if judged else None,
                     accumulated_sqnr_db=sqnr_db(exact[node], everything[node]),
                     outlier_share=float(((values - values.mean()).abs() > OUTLIER * values.std()).float().mean()),
                     input_noise=float((rounding.rounded(values) - values).square().mean()),
@@ -177,25 +181,30 @@ class Sensitivity:
 
 def table(found: list[LayerSensitivity], unit: str) -> Table:
     """The report's table of a sensitivity analysis; `unit` is that of the task's metric."""
-    scale, name = (100.0, "quality lost alone, points") if unit == "fraction" else (1.0, "quality lost alone")
+    scale, of = (100.0, ", points") if unit == "fraction" else (1.0, "")
+    drops = [entry.quality_drop for entry in found]
+    judged = (
+        {f"quality lost alone{of}": [scale * drop for drop in drops if drop is not None]} if None not in drops else {}
+    )
+    columns: dict[str, list[Any]] = {
+        "layer": [entry.layer for entry in found],
+        ALONE: [entry.sqnr_db for entry in found],
+        ACCUMULATED: [entry.accumulated_sqnr_db for entry in found],
+        "SQNR of the model's output, dB": [entry.output_sqnr_db for entry in found],
+        **judged,
+        "outliers, %": [100 * entry.outlier_share for entry in found],
+        "noise of the input": [entry.input_noise for entry in found],
+        "Δ²/12": [entry.expected_noise for entry in found],
+    }
     return Table(
         title="Sensitivity to quantisation",
-        columns=[
-            "layer", "SQNR alone, dB", "SQNR accumulated, dB", "model output SQNR, dB", name, "outliers, %",
-            "input noise", "Δ²/12",
-        ],
-        rows=[
-            [
-                entry.layer, entry.sqnr_db, entry.accumulated_sqnr_db, entry.output_sqnr_db, scale * entry.quality_drop,
-                100 * entry.outlier_share, entry.input_noise, entry.expected_noise,
-            ]
-            for entry in found
-        ],
-        chart=["SQNR alone, dB", "SQNR accumulated, dB"],
-        note=f"Each layer's inputs and weights rounded alone, the others exact; accumulated: all rounded. Outliers are "
+        columns=list(columns),
+        rows=[list(row) for row in zip(*columns.values(), strict=True)],
+        chart=[[ALONE, ACCUMULATED], *judged],
+        note="Each layer's inputs and weights rounded alone, the others exact; accumulated: all rounded. Outliers are "
         f"further than {OUTLIER:g} standard deviations from the mean. Noise far above Δ²/12 is clipping, far below it "
-        "values that lie on the grid, such as zeros behind a relu.",
-    )  # fmt: skip
+        "are values that lie on the grid, such as zeros behind a relu.",
+    )
 
 
 def sqnr_db(exact: Tensor, rounded: Tensor) -> float:
