@@ -56,7 +56,9 @@ class Half:
         graph = w.capture(model, ctx.task)
         found = w.weights(graph, smallest=1 if computes_half else SMALLEST)
         if not found:
-            raise StageError(f"this model has no float32 tensor of {SMALLEST} values or more to store in half precision")
+            raise StageError(
+                f"this model has no float32 tensor of {SMALLEST} values or more to store in half precision"
+            )
         _refuse_overflow(found, dtype)
         if computes_half:
             halved = _compute_in(graph, found, dtype)
@@ -159,7 +161,7 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
     except Exception as error:  # ONNX Runtime's errors share no base class
         raise StageError(
             f"ONNX Runtime {ort.__version__} cannot compute this model in {dtype.value} on a processor: "
-            f"{_reason(error)}. Use quantize.compute=float, which stores weights in {dtype.value} and computes in float32"
+            f"{_reason(error)}. Use quantize.compute=float: weights are stored in {dtype.value}, the rest is float32"
         ) from error
     finally:
         tried.unlink()

@@ -36,9 +36,10 @@ class Granularity(Enum):
 @register("quantize/simulated", takes="torch", gives="torch")
 @dataclass(kw_only=True)
 class Simulated:
-    """Round the weights of convolutions and linear layers to what 2 to 8 bits could hold, by one of two schemes: uniform,
-    symmetric (Jacob et al. 2018), or powers of two (Miyashita, Lee & Murmann 2016). The size that they would have
-    packed is recorded as `simulated_packed_bytes`.
+    """Round the weights of convolutions and linear layers to what 2 to 8 bits could hold, by one of two schemes.
+
+    Uniform and symmetric (Jacob et al. 2018), or powers of two (Miyashita, Lee & Murmann 2016). The size that they
+    would have packed is recorded as `simulated_packed_bytes`.
     """
 
     scheme: Scheme = Scheme.uniform
@@ -65,8 +66,9 @@ class Simulated:
             others -= weight.nbytes
             groups = _grouped(weight.detach(), self.granularity, self.group_size)
             rounded = (uniform if self.scheme is Scheme.uniform else logarithmic)(groups, self.bits)
-            rounded = rounded.flatten()[: weight.numel()] if rounded.shape[0] == 1 else rounded.flatten(1)
-            rounded = rounded.reshape(weight.shape[0], -1)[:, : weight[0].numel()].reshape(weight.shape)
+            rounded = rounded.flatten(1)[:, : weight.numel() // len(groups)].reshape(
+                weight.shape
+            )  # without the padding
             noise += float((rounded - weight.detach()).double().square().sum())
             power += float(weight.detach().double().square().sum())
             weight.data.copy_(rounded)
@@ -76,8 +78,8 @@ class Simulated:
         ctx.record(simulated_packed_bytes=total, layers=len(layers), sqnr_db=sqnr)
         ctx.note(
             f"simulated: the weights of {len(layers)} layers hold only what {self.bits} bits could "
-            f"({self.scheme.value}, one scale per {self.granularity.value}; SQNR {sqnr:.1f} dB) but stay float32, so that "
-            f"the file does not shrink and nothing gets faster; packed they would take {total / 1000:.1f} KB with the rest"
+            f"({self.scheme.value}, one scale per {self.granularity.value}; SQNR {sqnr:.1f} dB) but stay float32: the "
+            f"file does not shrink and nothing gets faster; the packed model would take {total / 1000:.1f} KB"
         )
         return model
 
@@ -128,9 +130,9 @@ def _layers(model: nn.Module, patterns: list[str]) -> dict[str, Tensor]:
 
 
 def _grouped(weight: Tensor, granularity: Granularity, group_size: int) -> Tensor:
-    """`weight` as (…, n), the last dimension of which shares a scale."""
+    """`weight` as (rows, groups, n); the n of a group share a scale."""
     from .weights import grouped
 
     if granularity is Granularity.tensor:
-        return weight.flatten()[None]
+        return weight.flatten()[None, None]
     return grouped(weight, group_size if granularity is Granularity.group else 0)

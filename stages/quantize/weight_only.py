@@ -24,11 +24,10 @@ WIDEST_BLOCK = 256  # that ONNX Runtime's MatMulNBits has kernels for
 
 
 class Unpack(Enum):
-    """When packed weights become float."""
+    """When the packed weights of linear layers become numbers to multiply by; others always do when a session loads."""
 
-    auto = "auto"  # at_call for linear layers that see one row per sample, at_load for all others
-    at_load = "at_load"  # once, when a session loads: the speed and the memory of float, in a smaller file
-    at_call = "at_call"  # in every call: linear layers stay packed in memory (MatMulNBits)
+    at_call = "at_call"  # in every call: they stay packed in memory, and inputs are rounded to int8 (MatMulNBits)
+    at_load = "at_load"  # once, when a session loads: the speed, memory and inputs of float, in a smaller file
 
 
 @register("quantize/weight_only", takes="torch", gives="torch")
@@ -40,7 +39,7 @@ class WeightOnly:
 
     bits: int = 8
     group_size: int = 0  # inputs that share a scale: 0 for all of a channel, or 16, 32, 64, 128, 256
-    unpack: Unpack = Unpack.auto
+    unpack: Unpack = Unpack.at_call
     embeddings: bool = True  # store embeddings too, in int8
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay float
 
@@ -71,7 +70,7 @@ class WeightOnly:
                         rewriter.gather_integers(weight, reader)
                     else:
                         rewriter.unpack_at_load(weight, reader, 8, 0)
-                elif w.is_linear(weight, reader) and self._unpacks_at_call(reader):
+                elif w.is_linear(weight, reader) and self.unpack is Unpack.at_call:
                     self._pack(rewriter, weight, reader)
                     at_call.append(weight.layer)
                 else:
@@ -83,16 +82,11 @@ class WeightOnly:
         left = [weight.layer for weight in found if weight.layer not in quantised]
         ctx.record(unpacked_at_call=at_call, unpacked_at_load=at_load, int8_tables=tables, float_layers=left)
         ctx.note(
-            f"weights of {len(at_call) + len(at_load)} layers in {self.bits} bits: {len(at_call)} are unpacked in every "
-            f"call, {len(at_load)} when a session loads, at the speed and memory of float; {len(tables)} embeddings in "
-            f"int8; float: {w.said(left)}"
+            f"weights of {len(at_call) + len(at_load)} layers in {self.bits} bits: {len(at_call)} stay packed in "
+            f"memory, {len(at_load)} become float when a session loads, at the speed and memory of float; "
+            f"{len(tables)} embeddings in int8; float: {w.said(left)}"
         )
         return rewriter.finish()
-
-    def _unpacks_at_call(self, reader: Node) -> bool:
-        if self.unpack is Unpack.auto:
-            return _rows_per_sample(reader) == 1
-        return self.unpack is Unpack.at_call
 
     def _pack(self, rewriter: Rewriter, weight: Weight, reader: Node) -> None:
         """Put the operator that unpacks its weight in the place of the linear one."""
@@ -116,11 +110,3 @@ class WeightOnly:
         operator = torch.ops.optpipe.packed_quantized_linear.default
         arguments = (x, bytes_, scale_node, *(bias or [None]), self.bits, size)
         rewriter.replace(reader, rewriter.call(reader, operator, *arguments))
-
-
-def _rows_per_sample(reader: Node) -> int:
-    """Rows of a linear layer's input for each sample of a batch."""
-    x = reader.args[0].meta.get("val") if hasattr(reader.args[0], "meta") else None  # type: ignore[union-attr]
-    if x is None or not all(isinstance(size, int) for size in x.shape[1:]):
-        return 0
-    return math.prod(x.shape[1:-1])

@@ -136,7 +136,7 @@ def grouped(values: Tensor, group_size: int) -> Tensor:
     """`values` (out, …) as (out, groups, group_size), the last group filled up with zeros; 0 is one group."""
     flat = values.flatten(1)
     size = group_size or flat.shape[1]
-    return nn.functional.pad(flat, (0, -flat.shape[1] % size)).unflatten(1, (-1, size))
+    return nn.functional.pad(flat, (0, -flat.shape[1] % size)).reshape(len(flat), -1, size)
 
 
 class Rewriter:
@@ -190,7 +190,10 @@ class Rewriter:
         graph = self.graph
         graph.graph.eliminate_dead_code()
         read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-        for path in [*dict(graph.named_parameters(remove_duplicate=False)), *dict(graph.named_buffers(remove_duplicate=False))]:
+        for path in [
+            *dict(graph.named_parameters(remove_duplicate=False)),
+            *dict(graph.named_buffers(remove_duplicate=False)),
+        ]:
             if path not in read:
                 owner, _, leaf = path.rpartition(".")
                 delattr(_attribute(graph, owner) if owner else graph, leaf)
