@@ -79,16 +79,18 @@ def packed(values: Tensor, bits: int) -> Tensor:
     The lower nibble comes first: the layout of ONNX Runtime's MatMulNBits.
     """
     unsigned = (values.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
-    return unsigned if bits == 8 else unsigned[..., ::2] | (unsigned[..., 1::2] << 4)
+    if bits == 4:
+        unsigned = unsigned[..., ::2] + 16 * unsigned[..., 1::2]
+    return unsigned
 
 
 def unpacked(values: Tensor, bits: int) -> Tensor:
     """What `packed` was given, as float32."""
-    values = values.to(torch.float32)
+    unsigned = values.to(torch.float32)
     if bits == 4:  # in arithmetic: the exporter writes a shift of bytes as one of signed bytes
-        high = torch.floor(values / 16)
-        values = torch.stack([values - 16 * high, high], dim=-1).flatten(-2)
-    return values - 2 ** (bits - 1)
+        high = torch.floor(unsigned / 16)
+        unsigned = torch.stack([unsigned - 16 * high, high], dim=-1).flatten(-2)
+    return unsigned - 2 ** (bits - 1)
 
 
 # What follows is written in torch operators: a graph may call it, and torch.export sees into it.
@@ -96,11 +98,12 @@ def unpacked(values: Tensor, bits: int) -> Tensor:
 
 def unpacked_half(values: Tensor) -> Tensor:
     """Values that are stored in half precision, as float32."""
-    return stored(values).to(torch.float32)
+    widened: Tensor = stored(values).to(torch.float32)
+    return widened
 
 
 def unpacked_weight(packed: Tensor, scales: Tensor, bits: int, group_size: int, shape: Sequence[int]) -> Tensor:
-    """A weight of `shape` from packed (out, groups, bytes) and scales (out, groups, 1), without the zeros at its end."""
+    """A weight of `shape` from packed (out, groups, bytes) and scales (out, groups, 1), less the zeros at its end."""
     weight = unpacked(stored(packed), bits)[..., :group_size] * scales
     columns = math.prod(shape[1:])
     return weight.flatten(1)[:, :columns].reshape(shape)

@@ -153,18 +153,19 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
     from optpipe.runtimes.onnxruntime import session_options
 
     tried, optimised = ctx.dir / "tried.onnx", ctx.dir / "tried_optimised.onnx"
-    to_onnx(trace(halved, ctx.task), tried)
+    program = trace(halved, ctx.task)
     options = session_options(ctx.target.threads)
     options.optimized_model_filepath = str(optimised)
     try:
+        to_onnx(program, tried)  # refuses what ONNX has no such type for
         ort.InferenceSession(str(tried), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base class
+    except Exception as error:
         raise StageError(
             f"ONNX Runtime {ort.__version__} cannot compute this model in {dtype.value} on a processor: "
             f"{_reason(error)}. Use quantize.compute=float: weights are stored in {dtype.value}, the rest is float32"
         ) from error
     finally:
-        tried.unlink()
+        tried.unlink(missing_ok=True)
     nodes = onnx.load(optimised).graph.node
     optimised.unlink()
     casts = sum(node.op_type == "Cast" for node in nodes)
@@ -175,4 +176,5 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rpartition(" : ")[2][:200]
+    """Its first line without the runtime's codes."""
+    return str(error).strip().splitlines()[0].rpartition(" : ")[2][:200].rstrip(".")

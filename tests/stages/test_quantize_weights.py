@@ -22,8 +22,8 @@ from optpipe.stages.quantize.weight_only import Unpack, WeightOnly
 from optpipe.target import InstructionSet
 from optpipe.task import Task, top1_accuracy
 
-
 FLOAT_KINDS = {
+    "Reshape",
     "FusedConv",
     "Conv",
     "Gemm",
