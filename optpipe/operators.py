@@ -78,7 +78,7 @@ def packed(values: Tensor, bits: int) -> Tensor:
 
     The lower nibble comes first: the layout of ONNX Runtime's MatMulNBits.
     """
-    unsigned = (values.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned = (values.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
     if bits == 4:
         unsigned = unsigned[..., ::2] + 16 * unsigned[..., 1::2]
     return unsigned
@@ -90,7 +90,7 @@ def unpacked(values: Tensor, bits: int) -> Tensor:
     if bits == 4:  # in arithmetic: the exporter writes a shift of bytes as one of signed bytes
         high = torch.floor(unsigned / 16)
         unsigned = torch.stack([unsigned - 16 * high, high], dim=-1).flatten(-2)
-    return unsigned - 2 ** (bits - 1)
+    return unsigned - (1 << bits - 1)
 
 
 # What follows is written in torch operators: a graph may call it, and torch.export sees into it.

@@ -170,8 +170,8 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
     optimised.unlink()
     casts = sum(node.op_type == "Cast" for node in nodes)
     return (
-        f"ONNX Runtime {ort.__version__} computes {casts} of its {len(nodes)} operators as conversions between "
-        f"{dtype.value} and float32: it has few {dtype.value} kernels for a processor"
+        f"ONNX Runtime {ort.__version__} executes {len(nodes)} operators, {casts} of them conversions: what it has no "
+        f"{dtype.value} kernel for on a processor, it computes in float32"
     )
 
 
