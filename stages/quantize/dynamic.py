@@ -38,7 +38,7 @@ class Dynamic:
         rewriter, bits = w.Rewriter(graph), _weight_bits(ctx)
         linear, stored, left = [], [], []
         for weight in found:
-            for reader in [] if weight.path in kept else list(dict.fromkeys(weight.readers)):
+            for reader in [] if weight.path in kept else weight.readers:
                 if w.is_linear(weight, reader):
                     _quantise(rewriter, weight, reader, bits)
                     linear.append(weight.layer)
@@ -73,7 +73,7 @@ def _quantise(rewriter: Rewriter, weight: Weight, reader: Node, bits: int) -> No
     integers, scales = rounded(weight.values, 8, limit=2 ** (bits - 1) - 1)
     x, _, *bias = reader.args
     columns = rewriter.put(weight, "int8_columns", integers.t())  # in × out, as the engine multiplies
-    scale = rewriter.scale(weight, "scale", scales.flatten())
+    scale = rewriter.scale(weight, "column_scale", scales.flatten())
     operator = torch.ops.optpipe.dynamic_quantized_linear.default
     rewriter.replace(reader, rewriter.call(reader, operator, x, columns, scale, *bias))
 

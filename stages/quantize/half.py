@@ -98,7 +98,7 @@ def _store_in(graph: GraphModule, found: list[Weight], dtype: torch.dtype) -> Gr
     for weight in found:
         stored = rewriter.put(weight, "half", weight.values.to(dtype))
         widened = rewriter.call(weight.node, unpacked_half, stored)
-        for reader in dict.fromkeys(weight.readers):
+        for reader in weight.readers:
             reader.replace_input_with(weight.node, widened)
     return rewriter.finish()
 
@@ -123,7 +123,7 @@ def _compute_in(graph: GraphModule, found: list[Weight], dtype: torch.dtype) -> 
             node.args, node.kwargs = map_aggregate(node.args, halved), map_aggregate(node.kwargs, halved)
     for weight in found:
         stored = rewriter.put(weight, "half", weight.values.to(dtype))
-        for reader in dict.fromkeys(weight.readers):
+        for reader in weight.readers:
             reader.replace_input_with(weight.node, stored)
     for node in list(graph.graph.nodes):
         value = node.meta.get("val")

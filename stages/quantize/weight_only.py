@@ -61,7 +61,7 @@ class WeightOnly:
         rewriter = w.Rewriter(graph)
         at_call, at_load, tables = [], [], []
         for weight in found:
-            for reader in [] if weight.path in kept else list(dict.fromkeys(weight.readers)):
+            for reader in [] if weight.path in kept else weight.readers:
                 if w.is_embedding(weight, reader) or w.is_table(weight, reader):
                     if not self.embeddings:
                         continue

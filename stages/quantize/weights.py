@@ -66,7 +66,9 @@ def weights(graph: GraphModule, smallest: int = SMALLEST) -> list[Weight]:
         if not torch.isfinite(values).all():
             raise StageError(f"'{node.target}' holds NaN or infinity; train or load these weights again")
         weight = found.setdefault(node.target, Weight(node.target, values.detach(), node))
-        weight.readers.extend(node.users)
+        weight.readers.extend(reader for reader in node.users if reader not in weight.readers)
+        if node is not weight.node:  # read a second time
+            node.replace_all_uses_with(weight.node)
     return list(found.values())
 
 
