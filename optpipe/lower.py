@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from optpipe import operators
 from optpipe.errors import StageError
 from optpipe.forms import ExportedFile
 from optpipe.progress import quiet
@@ -74,12 +75,14 @@ def to_onnx(
                 opset_version=opset,
                 input_names=input_names,
                 output_names=output_names,
+                custom_translation_table=operators.translations(),
                 optimize=True,
                 verbose=False,
             )
     except Exception as error:  # the exporter's own errors share no base class
         raise StageError(f"torch.onnx cannot export this program: {_first_line(error)}") from error
     assert exported is not None
+    operators.restore(exported.model)
     if rewrite:
         use_global_pooling(exported.model)
         use_packed_attention(exported.model)

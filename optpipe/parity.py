@@ -14,8 +14,9 @@ from optpipe.task import Task, batch_of, call, tensors_in
 BATCH_SIZES = (1, 2, 5)
 
 # Largest difference of an output, as a share of the largest output. An int8 engine rounds where the fake-quantised
-# model does not, and each rounding moves a value by up to one step, 1/255 of its range.
-TOLERANCE = {"float32": 1e-3, "int8": 0.1}
+# model does not, and each rounding moves a value by up to one step, 1/255 of its range. In half precision every
+# operator rounds to 8 or 11 bits, and engines differ in which they compute in float32 instead.
+TOLERANCE = {"float32": 1e-3, "half": 0.03, "int8": 0.1}
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Parity:
         )
 
 
-def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, int8: bool) -> Parity:
+def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, precision: str) -> Parity:
     """Compare two models on a batch of one, a few more, and a whole batch of validation samples.
 
-    Raises StageError if an output is further off than TOLERANCE allows, or has another shape.
+    precision: what they compute in, a key of TOLERANCE.
+    Raises StageError if an output is further off than that allows, or has another shape.
     """
     inputs, _ = next(iter(task.validation))
     batches = [batch_of(inputs, size) for size in BATCH_SIZES] + [inputs]
@@ -50,11 +52,10 @@ def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, 
             )
         worst = max(worst, *(_difference(a, b) for a, b in zip(expected, found, strict=True)))
         flips, count = _flips(expected[0], found[0]), len(expected[0])  # of the last, largest batch
-    tolerance = TOLERANCE["int8" if int8 else "float32"]
-    if worst > tolerance:
+    if worst > TOLERANCE[precision]:
         raise StageError(
-            f"the outputs changed by {worst:.2g} of their range, more than the {tolerance:g} that "
-            f"{'int8' if int8 else 'float32'} allows; {flips} of {count} labels flip"
+            f"the outputs changed by {worst:.2g} of their range, more than the {TOLERANCE[precision]:g} that "
+            f"{precision} allows; {flips} of {count} labels flip"
         )
     return Parity(worst, flips, count)
 
@@ -70,7 +71,14 @@ def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
     return int((expected.argmax(dim=-1) != found.argmax(dim=-1)).sum())
 
 
-def is_quantised(model: Any) -> bool:
-    """Whether a torch module or exported program holds quantise operators."""
+def precision(model: Any) -> str:
+    """What a torch module or exported program computes in, a key of TOLERANCE: as far as its operators tell."""
     graph = getattr(model, "graph", None)
-    return graph is not None and any("quantize" in str(node.target) for node in getattr(graph, "nodes", ()))
+    targets = [str(node.target) for node in getattr(graph, "nodes", ())]
+    if any("quantize" in target for target in targets):
+        return "int8"
+    tensors = getattr(model, "state_dict", {})
+    held = {tensor.dtype for tensor in (tensors() if callable(tensors) else tensors).values()}
+    if held & {torch.float16, torch.bfloat16} and not any("optpipe.stored" in target for target in targets):
+        return "half"
+    return "float32"

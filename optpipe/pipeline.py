@@ -319,7 +319,7 @@ class Loop:
                 before.form.as_callable(reference),
                 after_form.as_callable(model),
                 self.task,
-                int8=parity.is_quantised(reference),
+                precision=parity.precision(reference),
             )
             result.notes.append(same.note())
         content = after_form.content_hash(model)

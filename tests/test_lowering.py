@@ -32,7 +32,7 @@ def images() -> Task:
 def test_a_network_exports_with_a_free_batch_size_and_equal_outputs(images: Task, tmp_path: Path) -> None:
     model = DigitsNet().eval()
     exported = lower.to_onnx(lower.trace(model, images), tmp_path / "model.onnx", input_names=["image"])
-    found = parity.check(model, form("onnx").as_callable(exported), images, int8=False)
+    found = parity.check(model, form("onnx").as_callable(exported), images, precision="float32")
     assert found.max_error < 1e-3 and found.label_flips == 0 and found.n == 6
     graph = onnx.load(exported.path).graph
     assert graph.input[0].name == "image" and graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
@@ -52,7 +52,7 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     task.example_inputs, task.validation = inputs, [(inputs, torch.zeros(4))]
     model = TwoInputs()
     exported = lower.to_onnx(lower.trace(model, task), tmp_path / "model.onnx", output_names=["scores", "mean"])
-    parity.check(model, form("onnx").as_callable(exported), task, int8=False)
+    parity.check(model, form("onnx").as_callable(exported), task, precision="float32")
     assert [value.name for value in onnx.load(exported.path).graph.output] == ["scores", "mean"]
 
 
@@ -68,9 +68,9 @@ def test_a_model_that_cannot_be_traced_says_why(images: Task) -> None:
 def test_parity_refuses_outputs_that_changed(images: Task) -> None:
     model = DigitsNet().eval()
     with pytest.raises(StageError, match=r"the outputs changed by .* more than the 0\.001 that float32 allows"):
-        parity.check(model, lambda x: model(x) * 1.01, images, int8=False)
+        parity.check(model, lambda x: model(x) * 1.01, images, precision="float32")
     with pytest.raises(StageError, match="had shapes"):
-        parity.check(model, lambda x: model(x)[:, :5], images, int8=False)
+        parity.check(model, lambda x: model(x)[:, :5], images, precision="float32")
 
 
 def test_a_program_is_the_same_after_saving(images: Task, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the quantise operators that a graph may call
 from torch import fx, nn
 
+import optpipe.operators  # noqa: F401  registers those of optpipe's own
 from optpipe.progress import quiet
 
 NAME = "torch"

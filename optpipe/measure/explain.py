@@ -27,10 +27,12 @@ WEIGHTS = {
     "QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1,
     "DynamicQuantizeMatMul": 1, "QAttention": 1,
 }  # fmt: skip
+PACKED = {"MatMulNBits"}  # whose weights have a layout of their own
 # what an operator of the optimised graph is called in the graph that it was made from
 PLAIN = {
     "QGemm": "Gemm", "FusedGemm": "Gemm", "FusedConv": "Conv", "FusedMatMul": "MatMul", "MatMulInteger": "MatMul",
     "MatMulIntegerToFloat": "MatMul", "DynamicQuantizeMatMul": "MatMul", "ConvInteger": "Conv",
+    "MatMulNBits": "MatMul",
 }  # fmt: skip
 PRODUCTS = {"Conv", "Gemm", "MatMul"}
 DOT_PRODUCTS = ("amx_int8", "avx_vnni_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
@@ -285,7 +287,7 @@ def _only_in(one: Inspection, other: Inspection) -> list[Node]:
 
 
 def _is_quantised(node: Node) -> bool:
-    return node.kind.startswith("QLinear") or node.kind in WEIGHTS
+    return node.kind.startswith("QLinear") or node.kind in WEIGHTS or node.kind in PACKED
 
 
 def _is_float(inspection: Inspection, node: Node) -> bool:

@@ -1,5 +1,9 @@
-"""Quantize: compute in integers. One file per method; `placement` says where, which belongs to the target."""
+"""Quantize: compute, or store, in fewer bits. One file per method.
 
-from . import mixed, qat, static
+`placement` says which tensors are integers, which belongs to the target, and `scheme` of which types; `posttraining` and
+`fakequant` are the ways there, and `sensitivity` what each layer costs.
+"""
 
-__all__ = ["mixed", "qat", "static"]
+from . import dynamic, half, mixed, qat, simulated, static, weight_only
+
+__all__ = ["dynamic", "half", "mixed", "qat", "simulated", "static", "weight_only"]
