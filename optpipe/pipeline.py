@@ -226,7 +226,7 @@ class Loop:
             return replace(Estimate.exact(0.0), unit=unit, scale=scale)
         ours, theirs = self.measurer.validation(state.model), self.measurer.validation_baseline
         return Estimate(
-            quality.drop(ours, theirs),
+            ours.drop_from(theirs),
             quality.drop_interval(ours, theirs),
             lambda confidence: quality.drop_bound(ours, theirs, confidence),
             unit,

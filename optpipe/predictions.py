@@ -44,6 +44,11 @@ class Predictions:
             return float(self.scores.mean()) if self.n else float("nan")
         return float(self._quiet(self.metric.compute, self.outputs, self.targets))
 
+    def drop_from(self, baseline: Predictions) -> float:
+        """The quality that was lost: positive where these are worse, whichever way the metric points."""
+        lost = baseline.value - self.value
+        return lost if self.metric.higher_is_better else -lost
+
     @property
     def classes(self) -> NDArray[np.int64] | None:
         """The class of each sample where targets are whole numbers of shape (n,), else None."""

@@ -286,7 +286,7 @@ def _drop(run: Run, other: Run, allowed: float | None) -> Finding:
         if task.metric.unit != "fraction":
             raise OptpipeError(f"metric '{task.metric.name}' is no share; give --max-drop in its own unit")
         allowed = MAX_DROP_POINTS
-    lost = quality.drop(ours, theirs) * scale
+    lost = ours.drop_from(theirs) * scale
     low, high = (edge * scale for edge in quality.drop_interval(ours, theirs))
     ok = lost <= allowed
     verdict = ("within" if ok else "worse than allowed") + ("; undecided" if low < allowed < high else "")

@@ -26,7 +26,7 @@ from optpipe.measure.proportions import (
     tango_interval,
     wilson_interval,
 )
-from optpipe.measure.quality import drop, drop_bound, drop_interval, summary
+from optpipe.measure.quality import drop_bound, drop_interval, summary
 from optpipe.predictions import Predictions
 from optpipe.report import NotMeasured, Report
 from optpipe.report.console import table
@@ -140,7 +140,7 @@ def test_regression_points_the_right_way(metric: Metric) -> None:
     outputs, target = regression()
     worse = outputs + torch.randn(200, 1, generator=torch.Generator().manual_seed(2))
     quality = summary(judged(worse, target, metric), baseline := judged(outputs, target, metric))
-    lost = drop(judged(worse, target, metric), baseline)
+    lost = judged(worse, target, metric).drop_from(baseline)
     assert lost > 0 and quality.delta == pytest.approx(-lost if metric.higher_is_better else lost)
     assert quality.ci95[0] < quality.value < quality.ci95[1]
     assert quality.unit == "value" and not quality.groups and isinstance(quality.gained, NotMeasured)
@@ -264,7 +264,7 @@ def test_the_bound_of_a_drop_rises_with_the_confidence_and_is_the_drop_at_a_half
     worse, _ = classes(200, noise=1.3)
     pair = judged(worse, target, metric), judged(logits, target, metric)
     bounds = [drop_bound(*pair, confidence) for confidence in CONFIDENCES]
-    assert bounds == sorted(bounds) and bounds[CONFIDENCES.index(0.5)] == drop(*pair)
+    assert bounds == sorted(bounds) and bounds[CONFIDENCES.index(0.5)] == pair[0].drop_from(pair[1])
     low, high = drop_interval(*pair)
     assert low < bounds[CONFIDENCES.index(0.95)] < high
     with pytest.raises(ValueError, match="above 0 and below 1"):

@@ -57,20 +57,14 @@ def summary(predictions: Predictions, baseline: Predictions, class_names: list[s
     )
 
 
-def drop(predictions: Predictions, baseline: Predictions) -> float:
-    """The quality that was lost: positive where the model is worse, whichever way the metric points."""
-    lost = baseline.value - predictions.value
-    return lost if predictions.metric.higher_is_better else -lost
-
-
 def drop_bound(predictions: Predictions, baseline: Predictions, confidence: float) -> float:
-    """What the true drop is below with probability `confidence`, one-sided; 0.5 gives `drop`.
+    """What the true drop is below with probability `confidence`, one-sided; 0.5 gives the estimate.
 
     Raises ValueError if `confidence` is not between 0 and 1, StageError as `summary` does.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; it must be above 0 and below 1")
-    estimate = drop(predictions, baseline)
+    estimate = predictions.drop_from(baseline)
     if confidence == 0.5:
         return estimate
     bound = _drop_quantiles(predictions, baseline, (confidence,))[0]

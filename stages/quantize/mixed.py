@@ -37,8 +37,6 @@ class Mixed(Static):
             raise ValueError(f"max_drop is {self.max_drop}; it must not be negative")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
-        from optpipe.measure import quality
-
         from .posttraining import calibrate, convert, copied, prepare
         from .sensitivity import Sensitivity, table
 
@@ -54,7 +52,7 @@ class Mixed(Static):
                 prepared, quantizer = prepare(model, self, ctx, keep=ranked[:count])
                 calibrate(prepared, quantizer, ctx, self.calibration_batches)
             quantised = convert(prepared, quantizer, ctx)
-            drop = quality.drop(ctx.task.predict(quantised, "validation"), sensitivity.float)
+            drop = ctx.task.predict(quantised, "validation").drop_from(sensitivity.float)
             if drop <= self.max_drop:
                 ctx.record(validation_drop=drop, layers_in_float=count, layers=len(ranked))
                 ctx.note(f"{count} of {len(ranked)} layers stay float; {drop:.4f} lost on validation")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from optpipe.context import Context
-from optpipe.measure import quality
 from optpipe.predictions import Predictions
 from optpipe.report.schema import Table
 from optpipe.task import call, tensors_in
@@ -89,7 +88,7 @@ class Sensitivity:
     def drop(self, kept: Iterable[str]) -> float:
         """The quality lost on validation when all layers but `kept` are rounded."""
         kept = set(kept)
-        return quality.drop(self._predict(layer for layer in self.layers if layer not in kept), self.float)
+        return self._predict(layer for layer in self.layers if layer not in kept).drop_from(self.float)
 
     def analyse(self, *, judged: bool) -> list[LayerSensitivity]:
         """What each layer costs, in the order that they run; noise is measured on the first calibration batch.
@@ -110,7 +109,7 @@ class Sensitivity:
                     layer=layer,
                     sqnr_db=sqnr_db(exact[node], alone[node]),
                     output_sqnr_db=sqnr_db(exact_output, output),
-                    quality_drop=quality.drop(self._predict([layer]), self.float) if judged else None,
+                    quality_drop=self._predict([layer]).drop_from(self.float) if judged else None,
                     accumulated_sqnr_db=sqnr_db(exact[node], everything[node]),
                     outlier_share=float(((values - values.mean()).abs() > OUTLIER * values.std()).float().mean()),
                     input_noise=float((rounding.rounded(values) - values).square().mean()),
