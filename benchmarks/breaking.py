@@ -51,7 +51,7 @@ INTEGER = {
 }  # fmt: skip
 FLOAT = {
     "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
-    "TransposeMatMul", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention",
+    "TransposeMatMul", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "Einsum",
 }  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def quantise(model: nn.Module, pruned: nn.Module, task: Task, folder: Path, row:
     plain = to_onnx(trace(copy.deepcopy(model), task), folder / "plain.onnx")
     float_accuracy = float(task.evaluate(pruned.eval(), "validation").mean())
     quantised = Static().run(pruned, ctx)
-    row.reasons += [note for note in ctx.notes if "stays in float" in note]
+    row.reasons += [note for note in ctx.notes if "stays in float:" in note]
     exported = Onnx().run(Program().run(quantised, ctx), ctx)
     row.export = "yes"
     operators = optimised(exported, folder)
@@ -136,7 +136,7 @@ def quantise(model: nn.Module, pruned: nn.Module, task: Task, folder: Path, row:
         row.operators += f" ({', '.join(f'{n} {kind}' for kind, n in others.items())})"
     run = onnx_form.as_callable(exported)
     found = parity.check(quantised, run, task, int8=True)
-    row.parity = f"{found.max_error:.1%}, {found.label_flips} of {found.n}"
+    row.parity = f"{found.max_error:.1e}, {found.label_flips} of {found.n}"
     row.accuracy = f"{float_accuracy:.1%} → {float(task.evaluate(run, 'validation').mean()):.1%}"
     row.kilobytes = f"{plain.path.stat().st_size / 1e3:.1f} → {exported.path.stat().st_size / 1e3:.1f}"
 

@@ -186,7 +186,7 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.inner, self.up = conv(3, 16), conv(16, 32), nn.ConvTranspose2d(32, 16, 2, 2)
+        self.stem, self.inner, self.up = conv(3, 16), nn.Conv2d(16, 32, 3, padding="same"), nn.ConvTranspose2d(32, 16, 2, 2)
         self.after, self.head = conv(48, 16), classify(16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.first.expand(len(x), -1, -1), x], 1) + self.positions
+        x = torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + self.positions
         return self.head(self.layer(x)[:, 0])
 
 
@@ -239,6 +239,40 @@ class LinearTwice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.again(self.again(self.first(x.flatten(1)).relu()).relu()).relu())
+
+
+class Padded(nn.Module):
+    """PyTorch's own encoder, told by a mask which tokens are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation="gelu")
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 32), nn.Linear(32, 4)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=tokens < 4).mean(1))
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.up, self.head = nn.EmbeddingBag(VOCABULARY, 32, mode="mean"), nn.Linear(32, 64), nn.Linear(64, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.up(self.bag(tokens)).relu())
+
+
+class Einsum(nn.Module):
+    """Attention whose products are written as sums over indices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.einsum("nqc,nkc->nqk", self.query(x), self.key(x)) * 32**-0.5
+        return x + self.out(torch.einsum("nqk,nkc->nqc", scores.softmax(-1), self.value(x)))
 
 
 def text_encoder() -> nn.Module:
@@ -280,13 +314,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "attention by products": lambda: Text(Products()),
     "attention by flat products": lambda: Text(Products(flat=True)),
     "linear used twice": LinearTwice,
+    "padded transformer": Padded,
+    "bag of tokens": Bag,
+    "attention by einsum": lambda: Text(Einsum()),
     "bidirectional lstm": lambda: Text(nn.LSTM(32, 16, bidirectional=True, batch_first=True)),
 }  # fmt: skip
 
 
 def example(name: str) -> Tensor:
     """Inputs of two samples for the network of that name."""
-    texts = ("attention", "transformer", "lstm", "gru", "tied", "text")
+    texts = ("attention", "transformer", "lstm", "gru", "tied", "text", "tokens")
     if any(word in name for word in texts):
         length = 64 if name == "text encoder" else TOKENS
         return torch.randint(1, VOCABULARY, (2, length))

@@ -38,14 +38,16 @@ class Mixed(Static):
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
+        import dataclasses
 
         from optpipe.measure import quality
 
         from .posttraining import calibrate, convert, prepare
         from .sensitivity import Sensitivity, table
 
-        prepared, quantizer = prepare(model, self, ctx)
-        calibrate(prepared, quantizer, ctx, self.calibration_batches)
+        trial = dataclasses.replace(ctx, notes=[], facts={})  # what is said of a trial counts if it is the last
+        prepared, quantizer = prepare(model, self, trial)
+        calibrate(prepared, quantizer, trial, self.calibration_batches)
         sensitivity = Sensitivity(copy.deepcopy(prepared), quantizer, ctx)
         found = sensitivity.analyse()
         ctx.table(table(found, ctx.task.metric.unit))
@@ -53,11 +55,14 @@ class Mixed(Static):
         count = self._fewest(sensitivity, ranked)
         while count < len(ranked):
             if count:
-                prepared, quantizer = prepare(model, self, ctx, keep=ranked[:count])
-                calibrate(prepared, quantizer, ctx, self.calibration_batches)
-            quantised = convert(prepared, quantizer, ctx)
+                trial = dataclasses.replace(ctx, notes=[], facts={})
+                prepared, quantizer = prepare(model, self, trial, keep=ranked[:count])
+                calibrate(prepared, quantizer, trial, self.calibration_batches)
+            quantised = convert(prepared, quantizer, trial)
             drop = quality.drop(ctx.task.predict(quantised, "validation"), sensitivity.float)
             if drop <= self.max_drop:
+                ctx.notes.extend(trial.notes)
+                ctx.record(**trial.facts)
                 ctx.record(validation_drop=drop, layers_in_float=count, layers=len(ranked))
                 ctx.note(f"{count} of {len(ranked)} layers stay float; {drop:.4f} lost on validation")
                 return quantised

@@ -21,10 +21,10 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from .placement import (
         OnnxRuntimeQuantizer,
         attribute,
-        flatten_linears,
         layer_of,
         layers,
         look_up_integers,
+        make_ready,
         make_room_for_biases,
         matching,
     )
@@ -58,13 +58,14 @@ def prepare(
     """
     graph = trace(model, ctx.task).module(check_guards=False)
     kept = matching(layers(graph), settings.keep, "keep") | set(keep)
-    flatten_linears(graph)
+    make_ready(graph)
     quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
     prepared = prepare_pt2e(graph, quantizer)
     if not quantizer.num_compute:
         raise StageError(
             "this model has no convolution, linear layer or matrix product that could run in int8"
             + (f" beside those that keep={settings.keep} leaves in float" if kept else "")
+            + "".join(f"; {name} has no int8: {reason}" for name, reason in quantizer.left_in_float.items())
         )
     return prepared, quantizer
 
@@ -107,6 +108,8 @@ def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context
     converted = convert_pt2e(prepared)
     if tables := look_up_integers(converted):
         ctx.note(f"{tables} embedding tables in int8, a scale for each row")
+    for name, reason in quantizer.left_in_float.items():
+        ctx.note(f"{name} stays in float: {reason}")
     if quantizer.keep:
         ctx.record(float_layers=sorted(quantizer.keep))
         ctx.note(f"in float: {', '.join(sorted(quantizer.keep))}")
