@@ -222,12 +222,13 @@ class Products(nn.Module):
         query, key, value = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
+        query = query * query.shape[-1] ** -0.5
         if self.flat:
             query, key, value = (part.flatten(0, 1) for part in (query, key, value))
-            scores = torch.baddbmm(self.mask, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+            scores = torch.baddbmm(self.mask, query, key.transpose(1, 2), alpha=0.5, beta=2)
             mixed = torch.bmm(scores.softmax(-1), value).unflatten(0, (-1, self.heads))
         else:
-            scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + self.mask
+            scores = query @ key.transpose(2, 3) + self.mask
             mixed = scores.softmax(-1) @ value
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 

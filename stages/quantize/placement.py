@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     QuantizationAnnotation,
+    QuantizationSpec,
     Quantizer,
     SharedQuantizationSpec,
 )
@@ -52,6 +53,7 @@ BY_VALUE = {
     aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
     aten.sigmoid.default, aten.dropout.default, aten.hardtanh.default,
 }  # fmt: skip
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
 NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads alone
 # operators with weights, or of two activations, that ONNX Runtime computes in float whatever their types
 RECURRENT = "ONNX Runtime has no recurrent operator with calibrated int8"
@@ -119,6 +121,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
             return all(_is_float_tensor(argument) for argument in node.args[:2])
         if node.target in ELEMENTWISE:
             operands = node.args[:2]
+            if any(user.target in SOFTMAX for user in node.users):
+                return False  # scores with a mask added: its -1e4, or -inf, would leave them one step of a range
             return all(map(_is_float_tensor, operands)) and all(
                 self._is_integer(operand) or _is_broadcast(operand, node) for operand in operands
             )
@@ -138,8 +142,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         A batch norm and a relu that alone read the output are fused into the operator. A linear layer whose output is
         read in float only, or returned, writes it unrounded.
         """
-        spec = self.scheme.activation_spec
-        inputs: dict[Any, Any] = {tensor: spec for tensor in _tensors(node)}
+        inputs: dict[Any, Any] = {tensor: self._spec(tensor) for tensor in _tensors(node)}
         if node.target in WEIGHTED:
             inputs[node.args[1]] = self.scheme.weight_spec
             bias = node.args[2] if len(node.args) > 2 else None
@@ -152,7 +155,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         can_write_float = node.target is aten.linear.default or node.target in PRODUCTS
         writes_float = can_write_float and not any(map(self._reads_integers, last.users))
         is_returned = any(user.op == "output" for user in last.users) and node.target not in CONVOLUTIONS
-        output = None if writes_float or is_returned else spec
+        output = None if writes_float or is_returned else self._spec(last)
         _set(node, inputs, output if last is node else None)
         if last is not node:
             _set(last, {}, output)
@@ -166,7 +169,13 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
     def _moving(self, node: Node) -> None:
         if not any(user.op == "output" for user in node.users):
             source = node.args[0]
-            _set(node, {source: self.scheme.activation_spec}, SharedQuantizationSpec((source, node)))
+            _set(node, {source: self._spec(source)}, SharedQuantizationSpec((source, node)))
+
+    def _spec(self, node: Any) -> QuantizationSpec:
+        """That of the values which `node` gives."""
+        while node.target in MOVING:
+            node = node.args[0]
+        return self.scheme.clamped_spec if node.target in CLAMPING else self.scheme.activation_spec
 
 
 def make_ready(graph: GraphModule) -> None:

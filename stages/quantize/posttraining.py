@@ -80,9 +80,7 @@ def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Conte
     with torch.no_grad():
         split = ctx.task.calibration if not limit else itertools.islice(ctx.task.calibration, limit)
         for inputs, _ in ctx.progress(split, "calibrating"):
-            outputs = tensors_in(call(prepared, inputs))
-            if not all(torch.isfinite(tensor).all() for tensor in outputs):
-                raise StageError(f"{_first_not_finite(prepared, inputs)}; look at its weights and at that data")
+            _look_at(prepared, inputs)
             batches += 1
     if not batches:
         raise StageError("the calibration split is empty; it must hold at least one batch")
@@ -117,21 +115,38 @@ def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context
     return quantised
 
 
-def _first_not_finite(graph: GraphModule, inputs: Any) -> str:
-    """Which operator first gives NaN or infinity on `inputs`, in words."""
+def _look_at(prepared: GraphModule, inputs: Any) -> None:
+    """Let the observers see a batch; StageError with the first layer that gives NaN or infinity."""
+    error = None
+    try:
+        if all(torch.isfinite(tensor).all() for tensor in tensors_in(call(prepared, inputs))):
+            return
+    except RuntimeError as raised:  # an observer that makes a histogram
+        error = raised
+    layer = _first_not_finite(prepared, inputs)
+    if layer is None and error is not None:
+        raise error
+    said = f"'{layer}' gives" if layer else "the model gives"
+    raise StageError(f"{said} NaN or infinity on calibration data; look at its weights and at that data") from error
+
+
+def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
+    """The layer that first gives NaN or infinity on `inputs`; observers are not asked."""
     found: list[str] = []
 
     class Look(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
+            if node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams"):
+                return self.env[node.args[0]]
             value = super().run_node(node)
-            bad = isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
-            if bad and not found:
-                found.append(f"'{layer_of(node)}' gives NaN or infinity on calibration data")
+            computed = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
+            if computed and not torch.isfinite(value).all():
+                found.append(layer_of(node))
             return value
 
     arguments = list(inputs.values()) if isinstance(inputs, dict) else inputs
     Look(graph).run(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
-    return found[0] if found else "the model gives NaN or infinity on calibration data"
+    return found[0] if found else None
 
 
 def _constant_activations(prepared: GraphModule) -> list[str]:
