@@ -6,6 +6,7 @@ steps are those of a file that the target could run.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,16 @@ def trace(model: nn.Module, task: Task, *, training: bool = False) -> ExportedPr
     if not isinstance(model, fx.GraphModule):  # which is fixed in one mode
         model = model.train(training)
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=names or positions)
+        with warnings.catch_warnings():
+            # a recurrent layer's own list of its weights, which it makes anew
+            warnings.filterwarnings("ignore", "The tensor attributes .*_flat_weights", UserWarning)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=names or positions)
     except Exception as error:  # torch.export raises dozens of types for what a model may not do
+        if "specialized it to be a constant" in str(error):
+            raise StageError(
+                "torch.export cannot capture this model with a free batch size: on the way it makes a fixed number of "
+                "it, as by len(tensor), int(tensor.shape[0]) or a size written in view or expand; use tensor.shape[0]"
+            ) from error
         raise StageError(f"torch.export cannot capture this model as a graph: {_first_line(error)}") from error
 
 

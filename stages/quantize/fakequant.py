@@ -22,7 +22,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from .placement import NORMS, OnnxRuntimeQuantizer, flatten_linears, layers, matching
+    from .placement import NORMS, OnnxRuntimeQuantizer, layers, make_ready, matching
     from .scheme import scheme
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     """
     graph = trace(model, ctx.task, training=True).module(check_guards=False)
     kept = matching(layers(graph), settings.keep, "keep")
-    flatten_linears(graph)
+    make_ready(graph)
     chosen = scheme(
         ctx.target,
         settings.signedness.value,

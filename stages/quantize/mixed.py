@@ -37,11 +37,14 @@ class Mixed(Static):
             raise ValueError(f"max_drop is {self.max_drop}; it must not be negative")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
+        import dataclasses
+
         from .posttraining import calibrate, convert, copied, prepare
         from .sensitivity import Sensitivity, table
 
-        prepared, quantizer = prepare(model, self, ctx)
-        calibrate(prepared, quantizer, ctx, self.calibration_batches)
+        trial = dataclasses.replace(ctx, notes=[], facts={})  # what is said of a trial counts if it is the last
+        prepared, quantizer = prepare(model, self, trial)
+        calibrate(prepared, quantizer, trial, self.calibration_batches)
         sensitivity = Sensitivity(copied(prepared), quantizer, ctx)
         found = sensitivity.analyse(judged=self.sensitivity)
         ctx.table(table(found, ctx.task.metric.unit))
@@ -49,11 +52,14 @@ class Mixed(Static):
         count = self._fewest(sensitivity, ranked)
         while count < len(ranked):
             if count:
-                prepared, quantizer = prepare(model, self, ctx, keep=ranked[:count])
-                calibrate(prepared, quantizer, ctx, self.calibration_batches)
-            quantised = convert(prepared, quantizer, ctx)
+                trial = dataclasses.replace(ctx, notes=[], facts={})
+                prepared, quantizer = prepare(model, self, trial, keep=ranked[:count])
+                calibrate(prepared, quantizer, trial, self.calibration_batches)
+            quantised = convert(prepared, quantizer, trial)
             drop = ctx.task.predict(quantised, "validation").drop_from(sensitivity.float)
             if drop <= self.max_drop:
+                ctx.notes.extend(trial.notes)
+                ctx.record(**trial.facts)
                 ctx.record(validation_drop=drop, layers_in_float=count, layers=len(ranked))
                 ctx.note(f"{count} of {len(ranked)} layers stay float; {drop:.4f} lost on validation")
                 return quantised

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     QuantizationAnnotation,
+    QuantizationSpec,
     Quantizer,
     SharedQuantizationSpec,
 )
@@ -28,7 +29,10 @@ from .scheme import Scheme
 aten = torch.ops.aten
 INT32_MAX = 2**31 - 1
 
-CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+CONVOLUTIONS = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+}  # fmt: skip
 WEIGHTED = {*CONVOLUTIONS, aten.linear.default}  # weight and bias are arguments 1 and 2
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
@@ -49,7 +53,20 @@ BY_VALUE = {
     aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
     aten.sigmoid.default, aten.dropout.default, aten.hardtanh.default,
 }  # fmt: skip
+SOFTMAX = {aten.softmax.int, aten._softmax.default}
 NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads alone
+# operators with weights, or of two activations, that ONNX Runtime computes in float whatever their types
+RECURRENT = "ONNX Runtime has no recurrent operator with calibrated int8"
+TRANSPOSED = "ONNX Runtime has no transposed convolution in int8"
+ATTENTION = "ONNX Runtime computes it as one operator, which it has in float only"
+FLOAT_ONLY = {
+    aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
+    aten.rnn_relu.input: RECURRENT, aten.conv_transpose1d.default: TRANSPOSED, aten.conv_transpose2d.input: TRANSPOSED,
+    aten.conv_transpose3d.input: TRANSPOSED, aten.scaled_dot_product_attention.default: ATTENTION,
+    aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
+    aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
+    aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
+}  # fmt: skip
 
 
 class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
@@ -57,12 +74,14 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
 
     keep: names of layers that stay float (see `layers`).
     integer_nodes: the operators that will compute in integers, in the graph's order, once `annotate` has run.
+    left_in_float: the layers that will compute in float though nobody asked for it, and why; from then on too.
     """
 
     def __init__(self, scheme: Scheme, keep: Iterable[str] = ()) -> None:
         self.scheme = scheme
         self.keep = set(keep)
         self.integer_nodes: dict[Node, None] = {}
+        self.left_in_float: dict[str, str] = {}
 
     @property
     def num_compute(self) -> int:
@@ -72,8 +91,12 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
     def annotate(self, model: GraphModule) -> GraphModule:
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
         for node in calls:
-            if layer_of(node) not in self.keep and self._runs_in_integers(node):
+            if layer_of(node) in self.keep:
+                continue
+            if self._runs_in_integers(node):
                 self.integer_nodes[node] = None
+            elif reason := _float_reason(node):
+                self.left_in_float[f"'{layer_of(node)}' ({_kind(node)})"] = reason
         for node in self.integer_nodes:
             self._annotate(node)
         for node in calls:
@@ -98,6 +121,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
             return all(_is_float_tensor(argument) for argument in node.args[:2])
         if node.target in ELEMENTWISE:
             operands = node.args[:2]
+            if any(user.target in SOFTMAX for user in node.users):
+                return False  # scores with a mask added: its -1e4, or -inf, would leave them one step of a range
             return all(map(_is_float_tensor, operands)) and all(
                 self._is_integer(operand) or _is_broadcast(operand, node) for operand in operands
             )
@@ -117,8 +142,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         A batch norm and a relu that alone read the output are fused into the operator. A linear layer whose output is
         read in float only, or returned, writes it unrounded.
         """
-        spec = self.scheme.activation_spec
-        inputs: dict[Any, Any] = {tensor: spec for tensor in _tensors(node)}
+        inputs: dict[Any, Any] = {tensor: self._spec(tensor) for tensor in _tensors(node)}
         if node.target in WEIGHTED:
             inputs[node.args[1]] = self.scheme.weight_spec
             bias = node.args[2] if len(node.args) > 2 else None
@@ -131,7 +155,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         can_write_float = node.target is aten.linear.default or node.target in PRODUCTS
         writes_float = can_write_float and not any(map(self._reads_integers, last.users))
         is_returned = any(user.op == "output" for user in last.users) and node.target not in CONVOLUTIONS
-        output = None if writes_float or is_returned else spec
+        output = None if writes_float or is_returned else self._spec(last)
         _set(node, inputs, output if last is node else None)
         if last is not node:
             _set(last, {}, output)
@@ -145,7 +169,57 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
     def _moving(self, node: Node) -> None:
         if not any(user.op == "output" for user in node.users):
             source = node.args[0]
-            _set(node, {source: self.scheme.activation_spec}, SharedQuantizationSpec((source, node)))
+            _set(node, {source: self._spec(source)}, SharedQuantizationSpec((source, node)))
+
+    def _spec(self, node: Any) -> QuantizationSpec:
+        """That of the values which `node` gives."""
+        while node.target in MOVING:
+            node = node.args[0]
+        return self.scheme.clamped_spec if node.target in CLAMPING else self.scheme.activation_spec
+
+
+def make_ready(graph: GraphModule) -> None:
+    """Write `graph` in the operators that the runtime has integer kernels for; it computes the same."""
+    split_products(graph)
+    give_own_biases(graph)
+    flatten_linears(graph)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def split_products(graph: GraphModule) -> None:
+    """A scaled product with something added to it becomes a product, and a sum in float."""
+    for node in list(graph.graph.nodes):
+        if node.target is not aten.baddbmm.default:
+            continue
+        added, left, right = node.args
+        with graph.graph.inserting_before(node):
+            found = graph.graph.call_function(aten.bmm.default, (left, right))
+            found.meta = dict(node.meta)
+            for name, value in (("alpha", found), ("beta", added)):
+                if (factor := node.kwargs.get(name, 1)) != 1:
+                    scaled = graph.graph.call_function(aten.mul.Tensor, (value, factor))
+                    scaled.meta = dict(value.meta)
+                    found, added = (scaled, added) if name == "alpha" else (found, scaled)
+            total = graph.graph.call_function(aten.add.Tensor, (found, added))
+        total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        graph.graph.erase_node(node)
+
+
+def give_own_biases(graph: GraphModule) -> None:
+    """A layer that is used twice reads its bias from two nodes.
+
+    A bias has the scale of the products that it is added to, and so one for each input that the layer is given. ONNX
+    Runtime leaves a convolution whose bias has another scale in float, and computes a wrong Gemm.
+    """
+    for node in list(graph.graph.nodes):
+        bias = node.args[2] if node.target in WEIGHTED and len(node.args) > 2 else None
+        if isinstance(bias, Node) and bias.op == "get_attr" and len(bias.users) > 1:
+            with graph.graph.inserting_before(node):
+                own = graph.graph.get_attr(bias.target)
+            own.meta = dict(bias.meta)
+            node.update_arg(2, own)
 
 
 def flatten_linears(graph: GraphModule) -> None:
@@ -179,8 +253,6 @@ def flatten_linears(graph: GraphModule) -> None:
             with graph.graph.inserting_after(flat[node]):
                 node.replace_all_uses_with(_reshape(graph, flat[node], shape))
         graph.graph.erase_node(node)
-    graph.graph.lint()
-    graph.recompile()
 
 
 def _is_by_row(node: Node) -> bool:
@@ -306,6 +378,18 @@ def _bias_spec(node: Node, activation: Any, weight: Any, per_channel: bool) -> D
         qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if per_channel else None,
     )
+
+
+def _float_reason(node: Node) -> str:
+    """Why `node`, which has weights or is a product, cannot run in integers; empty for other operators."""
+    if node.target in WEIGHTED:
+        return "its weight is computed while the model runs, and so not known before"
+    return FLOAT_ONLY.get(node.target, "")
+
+
+def _kind(node: Node) -> str:
+    """The operator of `node` as torch names it."""
+    return str(node.target).split(".")[1]
 
 
 def _set(node: Node, inputs: dict[Any, Any], output: Any) -> None:

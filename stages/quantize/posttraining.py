@@ -23,10 +23,10 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from .placement import (
         OnnxRuntimeQuantizer,
         attribute,
-        flatten_linears,
         layer_of,
         layers,
         look_up_integers,
+        make_ready,
         make_room_for_biases,
         matching,
     )
@@ -60,13 +60,14 @@ def prepare(
     """
     graph = trace(model, ctx.task).module(check_guards=False)
     kept = matching(layers(graph), settings.keep, "keep") | set(keep)
-    flatten_linears(graph)
+    make_ready(graph)
     quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
     prepared = prepare_pt2e(graph, quantizer)
     if not quantizer.num_compute:
         raise StageError(
             "this model has no convolution, linear layer or matrix product that could run in int8"
             + (f" beside those that keep={settings.keep} leaves in float" if kept else "")
+            + "".join(f"; {name} has no int8: {reason}" for name, reason in quantizer.left_in_float.items())
         )
     return prepared, quantizer
 
@@ -81,9 +82,7 @@ def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Conte
     with torch.no_grad():
         split = ctx.task.calibration if not limit else itertools.islice(ctx.task.calibration, limit)
         for inputs, _ in ctx.progress(split, "calibrating"):
-            outputs = tensors_in(call(prepared, inputs))
-            if not all(torch.isfinite(tensor).all() for tensor in outputs):
-                raise StageError(f"{_first_not_finite(prepared, inputs)}; look at its weights and at that data")
+            _look_at(prepared, inputs)
             batches += 1
     if not batches:
         raise StageError("the calibration split is empty; it must hold at least one batch")
@@ -109,6 +108,8 @@ def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context
     converted = convert_pt2e(prepared)
     if tables := look_up_integers(converted):
         ctx.note(f"{tables} embedding tables in int8, a scale for each row")
+    for name, reason in quantizer.left_in_float.items():
+        ctx.note(f"{name} stays in float: {reason}")
     if quantizer.keep:
         ctx.record(float_layers=sorted(quantizer.keep))
         ctx.note(f"in float: {', '.join(sorted(quantizer.keep))}")
@@ -123,21 +124,38 @@ def copied(prepared: GraphModule) -> GraphModule:
         return copy.deepcopy(prepared)
 
 
-def _first_not_finite(graph: GraphModule, inputs: Any) -> str:
-    """Which operator first gives NaN or infinity on `inputs`, in words."""
+def _look_at(prepared: GraphModule, inputs: Any) -> None:
+    """Let the observers see a batch; StageError with the first layer that gives NaN or infinity."""
+    error = None
+    try:
+        if all(torch.isfinite(tensor).all() for tensor in tensors_in(call(prepared, inputs))):
+            return
+    except RuntimeError as raised:  # an observer that makes a histogram
+        error = raised
+    layer = _first_not_finite(prepared, inputs)
+    if layer is None and error is not None:
+        raise error
+    said = f"'{layer}' gives" if layer else "the model gives"
+    raise StageError(f"{said} NaN or infinity on calibration data; look at its weights and at that data") from error
+
+
+def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
+    """The layer that first gives NaN or infinity on `inputs`; observers are not asked."""
     found: list[str] = []
 
     class Look(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
+            if node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams"):
+                return self.env[node.args[0]]
             value = super().run_node(node)
-            bad = isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
-            if bad and not found:
-                found.append(f"'{layer_of(node)}' gives NaN or infinity on calibration data")
+            computed = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
+            if computed and not torch.isfinite(value).all():
+                found.append(layer_of(node))
             return value
 
     arguments = list(inputs.values()) if isinstance(inputs, dict) else inputs
     Look(graph).run(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
-    return found[0] if found else "the model gives NaN or infinity on calibration data"
+    return found[0] if found else None
 
 
 def _constant_activations(prepared: GraphModule) -> list[str]:

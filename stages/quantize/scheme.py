@@ -33,14 +33,21 @@ class Scheme:
     weight_bits: int  # 7 where pairs of products would saturate int16
     observer: str = "histogram"
     observer_settings: dict[str, Any] = field(default_factory=dict)
-    symmetric: bool = False  # ranges of activations are the same on both sides of zero
+    symmetric: bool = False  # ranges of activations are the same on both sides of zero, but behind a relu
     per_channel: bool = True  # weights have a scale for each output channel
     training: bool = False  # tensors are rounded while they are observed, and gradients pass straight through
 
     @cached_property
     def activation_spec(self) -> QuantizationSpec:
+        return self._activation_spec(torch.per_tensor_symmetric) if self.symmetric else self.clamped_spec
+
+    @cached_property
+    def clamped_spec(self) -> QuantizationSpec:
+        """Behind a relu: from zero up, also where other ranges are symmetric, so that the range can stand for it."""
+        return self._activation_spec(torch.per_tensor_affine)
+
+    def _activation_spec(self, scheme: torch.qscheme) -> QuantizationSpec:
         low, high = (0, 255) if self.activation is torch.uint8 else (-128, 127)
-        scheme = torch.per_tensor_symmetric if self.symmetric else torch.per_tensor_affine
         return self._spec(self.activation, low, high, scheme, OBSERVERS[self.observer], **self.observer_settings)
 
     @cached_property

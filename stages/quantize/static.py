@@ -45,7 +45,7 @@ class Symmetry(Enum):
     """Whether the range of an activation must be the same on both sides of zero."""
 
     affine = "affine"
-    symmetric = "symmetric"
+    symmetric = "symmetric"  # but from zero up behind a relu (Nagel et al. 2021, §2.2.1)
 
 
 @register("quantize/static", takes="torch", gives="torch", requires=("torchao",))

@@ -1,51 +1,207 @@
+"""Static int8: what runs in integers, what stays float, and how the ranges are found."""
+
 from __future__ import annotations
 
-import collections
+import dataclasses
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
+from integers import FLOAT, error, export, export_error, operators
+from networks import NETWORKS, Text, conv, example
 from torch import nn
 
-from optpipe import StageError, lower
+from optpipe import StageError
 from optpipe.forms import form
-from optpipe.stages.quantize.static import Observer, Signedness, Static
+from optpipe.stages.quantize.static import Granularity, Observer, Signedness, Static, Symmetry
 from optpipe.target import InstructionSet
 
-
-def fused_operators(quantised: nn.Module, task, folder: Path) -> collections.Counter:
-    """What ONNX Runtime really runs."""
-    exported = lower.to_onnx(lower.trace(quantised, task), folder / "model.onnx")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
-    ort.InferenceSession(str(exported.path), options, providers=["CPUExecutionProvider"])
-    return collections.Counter(node.op_type for node in onnx.load(folder / "optimised.onnx").graph.node)
+U8S8 = {"signedness": Signedness.u8s8}
 
 
-def error(quantised: nn.Module, model: nn.Module, task) -> float:
-    with torch.no_grad():
-        expected, found = model(task.example_inputs), quantised(task.example_inputs)
-    return float((expected - found).abs().max() / expected.abs().max())
+def with_inputs(context, model: nn.Module, inputs: torch.Tensor):
+    """A context whose task has `inputs` in every split."""
+    ctx = context(model)
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), [(inputs, torch.zeros(len(inputs)).long())])
+    return dataclasses.replace(ctx, task=dataclasses.replace(ctx.task, **splits, example_inputs=inputs))
+
+
+def of_network(context, name: str):
+    """A network of that name, and a context with 16 samples for it."""
+    torch.manual_seed(0)
+    model, inputs = NETWORKS[name]().eval(), torch.cat([example(name) for _ in range(8)])
+    return model, with_inputs(context, model, inputs)
 
 
 @pytest.mark.parametrize("observer", list(Observer))
 def test_everything_with_weights_runs_in_integers(model, context, task, tmp_path, observer) -> None:
-    quantised = Static(observer=observer, signedness=Signedness.u8s8).run(model, context(model))
-    operators = fused_operators(quantised, task, tmp_path)
-    assert operators["QLinearConv"] == 3 and operators["QGemm"] == 1 and operators["QLinearAdd"] == 1
-    assert not {"Conv", "FusedConv", "Gemm", "MatMul"} & set(operators)
+    quantised = Static(observer=observer, **U8S8).run(model, context(model))
+    found = operators(quantised, task, tmp_path)
+    assert found["QLinearConv"] == 3 and found["QGemm"] == 1 and found["QLinearAdd"] == 1
+    assert not FLOAT & set(found)
     assert error(quantised, model, task) < 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"weights": Granularity.per_tensor}, {"activations": Symmetry.symmetric}], ids=["per_tensor", "symm"]
+)
+def test_coarser_schemes_run_in_the_same_operators(model, context, task, tmp_path, settings) -> None:
+    quantised = Static(**settings, **U8S8).run(model, context(model))
+    found = operators(quantised, task, tmp_path)
+    assert found["QLinearConv"] == 3 and found["QGemm"] == 1 and not FLOAT & set(found)
+    assert error(quantised, model, task) < 0.15
+
+
+def ranges(quantised: nn.Module) -> list[tuple[float, int]]:
+    """Scale and zero point of every quantised activation."""
+    calls = [node for node in quantised.graph.nodes if "quantize_per_tensor" in str(node.target)]
+    return [(float(node.args[1]), int(node.args[2])) for node in calls if not isinstance(node.args[1], torch.fx.Node)]
+
+
+def test_symmetric_ranges_have_zero_in_the_middle(model, context) -> None:
+    symmetric = Static(activations=Symmetry.symmetric, observer=Observer.minmax, **U8S8).run(model, context(model))
+    assert {zero for _, zero in ranges(symmetric)} == {128, 0}  # 0 behind a relu
+
+
+def test_rare_outliers_widen_the_range_of_some_observers_only(context) -> None:
+    model = nn.Sequential(conv(3, 8), nn.Flatten(), nn.Linear(512, 4)).eval()
+    images = torch.randn(16, 3, 8, 8)
+    images[0, 0, 0, 0] = 100.0
+    scale = {
+        observer: ranges(Static(observer=observer, **U8S8).run(model, with_inputs(context, model, images)))[0][0]
+        for observer in Observer
+    }
+    assert scale[Observer.minmax] == scale[Observer.moving_average] > 100 / 256
+    assert scale[Observer.percentile] < 0.2 * scale[Observer.minmax]
+    assert scale[Observer.mse] <= scale[Observer.minmax] and scale[Observer.histogram] <= scale[Observer.minmax]
 
 
 def test_relu6_is_fused_like_relu(context, task, tmp_path) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU6(), nn.Conv2d(16, 16, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(256, 4)
     ).eval()
-    operators = fused_operators(Static(signedness=Signedness.u8s8).run(model, context(model)), task, tmp_path)
-    assert operators["QLinearConv"] == 2 and "Clip" not in operators and operators["DequantizeLinear"] == 0
+    found = operators(Static(**U8S8).run(model, context(model)), task, tmp_path)
+    assert found["QLinearConv"] == 2 and "Clip" not in found and found["DequantizeLinear"] == 0
+
+
+def test_padding_by_name_changes_nothing(context, task, tmp_path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding="same"), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 4)
+    ).eval()
+    found = operators(Static(**U8S8).run(model, context(model)), task, tmp_path)
+    assert found["QLinearConv"] == 1 and found["QGemm"] == 1
+
+
+def test_linear_layers_on_sequences_write_float_and_add_their_bias_in_integers(context, tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 4)).eval()
+    ctx = with_inputs(context, model, torch.randn(8, 12, 32))
+    found = operators(Static(**U8S8).run(model, ctx), ctx.task, tmp_path)
+    assert found["QGemm"] == 3 and not {"Add", "MatMulIntegerToFloat", "DequantizeLinear"} & set(found)
+
+
+def test_embeddings_are_stored_in_integers(context, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Text(nn.Linear(32, 32)).eval()
+    model.embedding = nn.Embedding(2000, 32)
+    ctx = with_inputs(context, model, torch.randint(2000, (16, 12)))
+    fp32 = export(model, ctx.task, tmp_path).path.stat().st_size
+    quantised = Static().run(model, ctx)
+    assert export(quantised, ctx.task, tmp_path).path.stat().st_size < 0.35 * fp32
+    assert any("1 embedding tables in int8" in note for note in ctx.notes)
+    assert error(quantised, model, ctx.task) < 0.05
+    kept = Static(keep=["embedding"]).run(model, with_inputs(context, model, ctx.task.example_inputs))
+    assert export(kept, ctx.task, tmp_path).path.stat().st_size > 0.9 * fp32
+
+
+def test_a_residual_stream_in_float_is_not_rounded(context, tmp_path) -> None:
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.down, self.head = nn.LayerNorm(32), *(nn.Linear(32, n) for n in (32, 32, 4))
+
+        def forward(self, x):
+            x = self.norm(x)
+            return self.head(torch.tanh(x + self.down(self.up(x).relu())))
+
+    ctx = with_inputs(context, Stream(), torch.randn(16, 32))
+    found = operators(Static(**U8S8).run(Stream().eval(), ctx), ctx.task, tmp_path)
+    assert found["QGemm"] == 3 and found["Add"] == 1 and "QLinearAdd" not in found
+    assert found["DequantizeLinear"] == 0  # what a float operator reads never was in integers
+
+
+@pytest.mark.parametrize(
+    ("name", "integer", "number"),
+    [
+        ("used twice", "QLinearConv", 4),
+        ("linear used twice", "QGemm", 4),
+        ("attention by flat products", "QLinearMatMul", 0),
+    ],
+)
+def test_networks_that_break_naive_quantisers(name, integer, number, context, tmp_path) -> None:
+    model, ctx = of_network(context, name)
+    quantised = Static(**U8S8).run(model, ctx)
+    found = operators(quantised, ctx.task, tmp_path)
+    assert not FLOAT & set(found) and found[integer] >= number
+    assert export_error(quantised, ctx.task, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("settings", "target"),
+    [({}, {}), ({"weights": Granularity.per_tensor}, {}), ({}, {"instruction_set": InstructionSet.avx2})],
+    ids=["per_channel", "per_tensor", "seven_bits"],
+)
+def test_a_head_may_share_its_table_with_an_embedding(settings, target, context, tmp_path) -> None:
+    model, ctx = of_network(context, "tied")
+    ctx = dataclasses.replace(ctx, target=dataclasses.replace(ctx.target, **target))
+    quantised = Static(**settings, **U8S8).run(model, ctx)
+    assert error(quantised, model, ctx.task) < 0.1
+    found = operators(quantised, ctx.task, tmp_path)
+    assert found["QGemm"] == 3 and found["Gather"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lstm", r"'body.recurrent' \(lstm\) stays in float: ONNX Runtime has no recurrent"),
+        ("transposed", r"'1' \(conv_transpose2d\) stays in float: ONNX Runtime has no transposed"),
+        ("transformer", r"'body.self_attn' \(scaled_dot_product_attention\) stays in float"),
+        ("attention by einsum", r"'body' \(einsum\) stays in float: .*write it as a matrix product"),
+    ],
+)
+def test_what_stays_float_is_named_with_its_reason(name: str, words: str, context) -> None:
+    import re
+
+    model, ctx = of_network(context, name)
+    Static().run(model, ctx)
+    assert any(re.match(words, note) for note in ctx.notes)
+
+
+def test_a_model_that_is_only_recurrent_says_so(context) -> None:
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = nn.GRU(8, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.recurrent(x)[0][:, -1]
+
+    with pytest.raises(StageError, match=r"no convolution.*; 'recurrent' \(gru\) has no int8: ONNX Runtime has no rec"):
+        Static().run(Only().eval(), with_inputs(context, Only(), torch.randn(4, 6, 8)))
+
+
+def test_kept_layers_stay_float(model, context, task, tmp_path) -> None:
+    ctx = context(model)
+    found = operators(Static(keep=["stem.*", "head.3"], **U8S8).run(model, ctx), task, tmp_path)
+    assert found["QLinearConv"] == 2 and sum(found[kind] for kind in FLOAT) == 2
+    assert ctx.facts["float_layers"] == ["head.3", "stem.0"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_names(model, context) -> None:
+    with pytest.raises(StageError, match=r"keep names 'shortcut.0', which matches none of the 4 .*\['shortcut.1'"):
+        Static(keep=["shortcut.0"]).run(model, context(model))
+    with pytest.raises(StageError, match=r"beside those that keep=\['\*'\] leaves in float"):
+        Static(keep=["*"]).run(model, context(model))
 
 
 def test_a_channel_without_weights_keeps_its_bias(context, task) -> None:
@@ -84,7 +240,50 @@ def test_a_model_with_nothing_to_quantise_is_an_error(context) -> None:
         Static().run(model, context(model))
 
 
-def test_no_calibration_data_is_an_error(model, context, task) -> None:
+def test_too_little_calibration_data_is_an_error(model, context, task) -> None:
+    with pytest.raises(StageError, match="calibration_batches is 9, but the calibration split holds 4; lower it"):
+        Static(calibration_batches=9).run(model, context(model))
     task.calibration = []
     with pytest.raises(StageError, match="the calibration split is empty"):
         Static().run(model, context(model))
+
+
+def test_no_more_calibration_data_is_read_than_asked_for(model, context) -> None:
+    ctx = context(model)
+    Static(calibration_batches=2).run(model, ctx)
+    assert ctx.facts["calibration_batches"] == 2
+
+
+def test_constant_activations_are_named(context, task) -> None:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)).eval()
+    model[2].bias.data.fill_(-100.0)  # dead behind the relu
+    ctx = context(model)
+    quantised = Static().run(model, ctx)
+    assert any(note.startswith("constant on all calibration data: '3' (0)") for note in ctx.notes)
+    assert quantised(task.example_inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_values_that_are_no_numbers_name_the_layer(value: str, model, context) -> None:
+    model.conv.weight.data[0, 0, 0, 0] = float(value)
+    with pytest.raises(StageError, match="'conv' gives NaN or infinity on calibration data"):
+        Static().run(model, context(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"calibration_batches": -1}, "calibration_batches is -1; it must not be negative"),
+        ({"percentile": 50}, "percentile is 50; it must be above 50 and at most 100"),
+    ],
+)
+def test_settings_that_are_wrong_in_themselves(settings, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        Static(**settings)
+
+
+def test_the_file_holds_no_batch_norm(model, context, task, tmp_path: Path) -> None:
+    kinds = {
+        node.op_type for node in onnx.load(export(Static().run(model, context(model)), task, tmp_path).path).graph.node
+    }
+    assert "BatchNormalization" not in kinds
