@@ -19,7 +19,7 @@ from optpipe import operators
 from optpipe.errors import StageError
 from optpipe.forms import ExportedFile
 from optpipe.progress import quiet
-from optpipe.rewrite import use_global_pooling, use_packed_attention
+from optpipe.rewrite import derive_bias_scales, use_global_pooling, use_packed_attention
 from optpipe.task import Task, arguments, batch_of
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def to_onnx(
 ) -> ExportedFile:
     """Write `program` to `path` as ONNX, checked, with nothing in it but the model: equal programs give equal bytes.
 
-    rewrite: whether to use the operators that runtimes have the best kernels for where torch's exporter does not.
+    rewrite: whether to use the operators that runtimes have the best kernels for where torch's exporter does not, and
+        to store no scale that follows from others.
     opset: by default OPSET, or ATTENTION_OPSET where the graph is rewritten and holds attention.
     Raises StageError if an operator has no ONNX form or the file does not pass ONNX's checker.
     """
@@ -95,6 +96,7 @@ def to_onnx(
     if rewrite:
         use_global_pooling(exported.model)
         use_packed_attention(exported.model)
+        derive_bias_scales(exported.model)
     _name_batch_dimension(exported.model)
     proto = exported.model_proto
     _strip(proto)

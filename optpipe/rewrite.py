@@ -1,9 +1,12 @@
-"""Rewrites of an exported ONNX graph into operators that runtimes have the best kernels for; the results are equal."""
+"""Rewrites of an exported ONNX graph: operators that runtimes have the best kernels for, and nothing stored twice.
+
+The results are equal.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,6 +52,44 @@ def use_packed_attention(model: ir.Model) -> None:
         _pack(model, node)
     _merge_reshapes(model)
     passes.RemoveUnusedNodesPass()(model)
+
+
+def derive_bias_scales(model: ir.Model) -> None:
+    """The scale of an int32 bias becomes the product that it is, of two scales that the file holds anyway.
+
+    PT2E writes it out, and zero points that are all zero: together twice the size of the bias. Runtimes fold the product
+    when they load the file.
+    """
+    import numpy as np
+    import onnx_ir as ir
+    import onnx_ir.passes.common as passes
+
+    for node in [node for node in model.graph if node.op_type in ("Conv", "Gemm") and len(node.inputs) == 3]:
+        operands = [value.producer() if value is not None else None for value in node.inputs]
+        activation, weight, bias = operands
+        scales = [_constant_input(operand, 1) for operand in operands]
+        zero_point = _constant_input(bias, 2)
+        if activation is None or weight is None or bias is None or zero_point is None or zero_point.any():
+            continue
+        if any(scale is None for scale in scales) or not np.array_equal(scales[0] * scales[1], scales[2]):
+            continue
+        product = ir.node("Mul", inputs=[weight.inputs[1], activation.inputs[1]])
+        product.outputs[0].name = f"{bias.outputs[0].name}_scale"
+        model.graph.insert_before(bias, product)
+        bias.replace_input_with(1, product.outputs[0])
+        bias.resize_inputs(2)
+    passes.RemoveUnusedNodesPass()(model)
+
+
+def _constant_input(node: ir.Node | None, index: int) -> Any:
+    """What a DequantizeLinear reads there, an array; None where that is not constant or `node` something else."""
+    import onnx_ir as ir
+
+    if node is None or node.op_type != "DequantizeLinear" or len(node.inputs) <= index:
+        return None
+    value = node.inputs[index]
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return tensor.numpy() if tensor is not None else None
 
 
 def _merge_reshapes(model: ir.Model) -> None:

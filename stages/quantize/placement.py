@@ -28,6 +28,7 @@ from .scheme import Scheme
 
 aten = torch.ops.aten
 INT32_MAX = 2**31 - 1
+SMALLEST_TABLE = 1024  # values; int8 saves nothing worth an operator below
 
 CONVOLUTIONS = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
@@ -104,6 +105,9 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
                 self._moving(node)
             elif node.target is aten.embedding.default and layer_of(node) not in self.keep:
                 _set(node, {node.args[0]: self.scheme.row_spec}, None)
+            elif node.target in ELEMENTWISE and node not in self.integer_nodes:
+                tables = [operand for operand in node.args[:2] if _is_table(model, operand)]
+                _set(node, {table: self.scheme.row_spec for table in tables}, None)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -402,6 +406,12 @@ def _tensors(node: Node) -> list[Any]:
         parts: Any = node.args[0]
         return list(parts)
     return list(node.args[:1] if node.target in WEIGHTED | UNARY else node.args[:2])
+
+
+def _is_table(model: GraphModule, operand: Any) -> bool:
+    """Whether `operand` is a learnt table of rows, such as the positions that are added to an embedding."""
+    value = attribute(model, operand.target) if isinstance(operand, Node) and operand.op == "get_attr" else None
+    return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and value.numel() >= SMALLEST_TABLE
 
 
 def _only_user(node: Node) -> Node | None:
