@@ -37,18 +37,17 @@ class Mixed(Static):
             raise ValueError(f"max_drop is {self.max_drop}; it must not be negative")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
-        import copy
         import dataclasses
 
         from optpipe.measure import quality
 
-        from .posttraining import calibrate, convert, prepare
+        from .posttraining import calibrate, convert, copied, prepare
         from .sensitivity import Sensitivity, table
 
         trial = dataclasses.replace(ctx, notes=[], facts={})  # what is said of a trial counts if it is the last
         prepared, quantizer = prepare(model, self, trial)
         calibrate(prepared, quantizer, trial, self.calibration_batches)
-        sensitivity = Sensitivity(copy.deepcopy(prepared), quantizer, ctx)
+        sensitivity = Sensitivity(copied(prepared), quantizer, ctx)
         found = sensitivity.analyse()
         ctx.table(table(found, ctx.task.metric.unit))
         ranked = [entry.layer for entry in sorted(found, key=lambda entry: entry.output_sqnr_db)]

@@ -310,8 +310,8 @@ def make_room_for_biases(prepared: GraphModule) -> int:
             continue
         arguments: Any = node.args[:3]
         activation, weight, bias = arguments
-        if bias is None or bias.op != "call_module":
-            continue
+        if bias is None or bias.op != "call_module" or bias.args[0].op != "get_attr":
+            continue  # one behind which a batch norm is trained is known once that is folded
         activation_observer = attribute(prepared, activation.target)
         weight_observer = attribute(prepared, weight.target)
         weight_observer = getattr(weight_observer, "activation_post_process", weight_observer)  # of a fake quantiser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,12 @@ def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Conte
     chosen = quantizer.scheme
     ctx.record(compute_operators=quantizer.num_compute, calibration_batches=batches, scheme=chosen.name)
     ctx.note(f"{quantizer.num_compute} operators in int8, {chosen.name}: {chosen.reason}")
+
+
+def copied(prepared: GraphModule) -> GraphModule:
+    """A calibrated graph of its own."""
+    with quiet():
+        return copy.deepcopy(prepared)
 
 
 def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> nn.Module:

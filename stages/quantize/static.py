@@ -69,14 +69,12 @@ class Static:
             raise ValueError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
-        import copy
-
-        from .posttraining import calibrate, convert, prepare
+        from .posttraining import calibrate, convert, copied, prepare
         from .sensitivity import Sensitivity, table
 
         prepared, quantizer = prepare(model, self, ctx)
         calibrate(prepared, quantizer, ctx, self.calibration_batches)
         if self.sensitivity:
-            found = Sensitivity(copy.deepcopy(prepared), quantizer, ctx).analyse()
+            found = Sensitivity(copied(prepared), quantizer, ctx).analyse()
             ctx.table(table(found, ctx.task.metric.unit))
         return convert(prepared, quantizer, ctx)
