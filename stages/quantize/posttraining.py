@@ -22,6 +22,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from .placement import (
         OnnxRuntimeQuantizer,
         attribute,
+        keep_out_of_integers,
         layer_of,
         layers,
         look_up_integers,
@@ -111,6 +112,7 @@ def copied(prepared: GraphModule) -> GraphModule:
 def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> nn.Module:
     """The calibrated graph with quantise operators in place of its observers."""
     converted = convert_pt2e(prepared)
+    keep_out_of_integers(converted)
     if tables := look_up_integers(converted):
         ctx.note(f"{tables} embedding tables in int8, a scale for each row")
     for name, reason in quantizer.left_in_float.items():

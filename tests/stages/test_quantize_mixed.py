@@ -7,11 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from integers import FLOAT, operators
+from integers import FLOAT, error, export, operators
 from networks import conv
 from torch import nn
 
 from optpipe import Metric, StageError
+from optpipe.forms import form
 from optpipe.measure import quality
 from optpipe.stages.quantize.mixed import Mixed
 from optpipe.stages.quantize.posttraining import calibrate, copied, prepare
@@ -55,9 +56,8 @@ def analysed(model: nn.Module, settings: Static, ctx) -> list[LayerSensitivity]:
 def test_the_layer_with_an_outlier_is_the_worst(model, ctx) -> None:
     found = analysed(model, Static(**PER_TENSOR), ctx)
     convolutions = [entry for entry in found if entry.layer in ("0", "2", "4")]
-    for figure in ("sqnr_db", "output_sqnr_db"):
-        worst, second = sorted(convolutions, key=lambda entry: getattr(entry, figure))[:2]
-        assert worst.layer == "2" and getattr(worst, figure) < getattr(second, figure) - 10
+    worst, second = sorted(convolutions, key=lambda entry: entry.output_sqnr_db)[:2]
+    assert worst.layer == "2" and worst.output_sqnr_db < second.output_sqnr_db - 10
     per_channel = {entry.layer: entry for entry in analysed(model, Static(signedness=Signedness.u8s8), ctx)}
     assert per_channel["2"].output_sqnr_db > worst.output_sqnr_db + 20
 
@@ -94,6 +94,8 @@ def test_only_the_layer_that_costs_stays_float(model, ctx, tmp_path) -> None:
     assert ctx.facts["validation_drop"] <= 0.04
     found = operators(quantised, ctx.task, tmp_path)
     assert found["QLinearConv"] == 2 and found["QGemm"] == 1 and sum(found[kind] for kind in FLOAT) == 1
+    run = form("onnx").as_callable(export(quantised, ctx.task, tmp_path))
+    assert error(run, quantised, ctx.task) < 0.02  # ONNX Runtime would round that layer's weights by itself
     assert len(set(ctx.notes)) == len(ctx.notes)  # what was only tried is not told
     assert any(note.startswith("1 of 4 layers stay float") for note in ctx.notes)
 
