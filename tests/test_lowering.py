@@ -65,6 +65,15 @@ def test_a_model_that_cannot_be_traced_says_why(images: Task) -> None:
         lower.trace(Branches(), images)
 
 
+def test_a_model_that_fixes_its_batch_size_says_how_to_free_it(images: Task) -> None:
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) + torch.zeros(1, 1).expand(len(x), -1)
+
+    with pytest.raises(StageError, match=r"with a free batch size.*len\(tensor\).*use tensor\.shape\[0\]"):
+        lower.trace(Fixed(), images)
+
+
 def test_parity_refuses_outputs_that_changed(images: Task) -> None:
     model = DigitsNet().eval()
     with pytest.raises(StageError, match=r"the outputs changed by .* more than the 0\.001 that float32 allows"):

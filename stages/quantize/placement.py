@@ -60,10 +60,12 @@ NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads a
 RECURRENT = "ONNX Runtime has no recurrent operator with calibrated int8"
 TRANSPOSED = "ONNX Runtime has no transposed convolution in int8"
 ATTENTION = "ONNX Runtime computes it as one operator, which it has in float only"
+TRANSPOSED_CONVOLUTIONS = {
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+}  # fmt: skip
 FLOAT_ONLY = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
-    aten.rnn_relu.input: RECURRENT, aten.conv_transpose1d.default: TRANSPOSED, aten.conv_transpose2d.input: TRANSPOSED,
-    aten.conv_transpose3d.input: TRANSPOSED, aten.scaled_dot_product_attention.default: ATTENTION,
+    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED), aten.scaled_dot_product_attention.default: ATTENTION,
     aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
     aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
     aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
@@ -302,6 +304,37 @@ def look_up_integers(converted: GraphModule) -> int:
     return tables
 
 
+def keep_out_of_integers(converted: GraphModule) -> int:
+    """Let layers that were to stay float stay it in ONNX Runtime too; return how many needed help.
+
+    Between quantised tensors it rounds the weights of a float layer by itself, to one scale for the tensor
+    (`WeightBiasQuantization`), unless something but a relu or a clip reads the output. A leaky relu of slope 1 changes
+    no value, and is fused into the layer.
+    """
+    helped = 0
+    for node in list(converted.graph.nodes):
+        if node.target not in WEIGHTED | TRANSPOSED_CONVOLUTIONS:
+            continue
+        read, weight = node.args[:2]
+        if "dequantize" in str(weight.target) or "dequantize" not in str(read.target) or not _is_rounded(node):
+            continue
+        with converted.graph.inserting_after(node):
+            same = converted.graph.call_function(aten.leaky_relu.default, (node, 1.0))
+        same.meta = dict(node.meta)
+        node.replace_all_uses_with(same, delete_user_cb=lambda user, same=same: user is not same)
+        helped += 1
+    converted.recompile()
+    return helped
+
+
+def _is_rounded(node: Node) -> bool:
+    """Whether the output of `node`, behind relus that alone read it, is quantised."""
+    user = _only_user(node)
+    while user is not None and user.target in CLAMPING:
+        user = _only_user(user)
+    return user is not None and "quantize_per_tensor" in str(user.target)
+
+
 def make_room_for_biases(prepared: GraphModule) -> int:
     """Widen the weight ranges of calibrated observers where a bias would not fit; return how many channels that took.
 
@@ -314,8 +347,8 @@ def make_room_for_biases(prepared: GraphModule) -> int:
             continue
         arguments: Any = node.args[:3]
         activation, weight, bias = arguments
-        if bias is None or bias.op != "call_module":
-            continue
+        if bias is None or bias.op != "call_module" or bias.args[0].op != "get_attr":
+            continue  # one behind which a batch norm is trained is known once that is folded
         activation_observer = attribute(prepared, activation.target)
         weight_observer = attribute(prepared, weight.target)
         weight_observer = getattr(weight_observer, "activation_post_process", weight_observer)  # of a fake quantiser

@@ -23,6 +23,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from .placement import (
         OnnxRuntimeQuantizer,
         attribute,
+        keep_out_of_integers,
         layer_of,
         layers,
         look_up_integers,
@@ -103,9 +104,16 @@ def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Conte
     ctx.note(f"{quantizer.num_compute} operators in int8, {chosen.name}: {chosen.reason}")
 
 
+def copied(prepared: GraphModule) -> GraphModule:
+    """A calibrated graph of its own."""
+    with quiet():
+        return copy.deepcopy(prepared)
+
+
 def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> nn.Module:
     """The calibrated graph with quantise operators in place of its observers."""
     converted = convert_pt2e(prepared)
+    keep_out_of_integers(converted)
     if tables := look_up_integers(converted):
         ctx.note(f"{tables} embedding tables in int8, a scale for each row")
     for name, reason in quantizer.left_in_float.items():

@@ -61,7 +61,7 @@ def ranges(quantised: nn.Module) -> list[tuple[float, int]]:
 
 def test_symmetric_ranges_have_zero_in_the_middle(model, context) -> None:
     symmetric = Static(activations=Symmetry.symmetric, observer=Observer.minmax, **U8S8).run(model, context(model))
-    assert {zero for _, zero in ranges(symmetric)} == {128, 0}  # 0 behind a relu
+    assert {zero for _, zero in ranges(symmetric)} == {127, 0}  # 0 behind a relu
 
 
 def test_rare_outliers_widen_the_range_of_some_observers_only(context) -> None:
@@ -69,7 +69,7 @@ def test_rare_outliers_widen_the_range_of_some_observers_only(context) -> None:
     images = torch.randn(16, 3, 8, 8)
     images[0, 0, 0, 0] = 100.0
     scale = {
-        observer: ranges(Static(observer=observer, **U8S8).run(model, with_inputs(context, model, images)))[0][0]
+        observer: ranges(Static(observer=observer, percentile=99.9, **U8S8).run(model, with_inputs(context, model, images)))[0][0]
         for observer in Observer
     }
     assert scale[Observer.minmax] == scale[Observer.moving_average] > 100 / 256
@@ -195,6 +195,13 @@ def test_kept_layers_stay_float(model, context, task, tmp_path) -> None:
     found = operators(Static(keep=["stem.*", "head.3"], **U8S8).run(model, ctx), task, tmp_path)
     assert found["QLinearConv"] == 2 and sum(found[kind] for kind in FLOAT) == 2
     assert ctx.facts["float_layers"] == ["head.3", "stem.0"]
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU, nn.ReLU6, nn.Identity])
+def test_a_kept_layer_between_integers_is_not_rounded_by_the_runtime(relu, context, task, tmp_path) -> None:
+    model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), relu(), conv(8, 8), nn.Flatten(), nn.Linear(512, 4)).eval()
+    found = operators(Static(keep=["2"], **U8S8).run(model, context(model)), task, tmp_path)
+    assert found["QLinearConv"] == 2 and found["FusedConv"] == 1
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_names(model, context) -> None:

@@ -1,0 +1,133 @@
+"""Training with rounded tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import onnx
+import pytest
+import torch
+from integers import FLOAT, error, export, operators
+from networks import NETWORKS
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from optpipe import StageError
+from optpipe.stages.quantize.fakequant import calibrate_rounded, freeze, prepare_training
+from optpipe.stages.quantize.qat import Qat
+from optpipe.stages.quantize.static import Granularity, Observer, Signedness, Static
+
+U8S8 = {"signedness": Signedness.u8s8}
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS["residual"]()
+
+
+@pytest.fixture
+def ctx(model, context):
+    """Images of a class's own pattern under noise, and a model that was trained on them."""
+    patterns = torch.randn(4, 3, 8, 8)
+    batches = []
+    for _ in range(10):
+        target = torch.randint(4, (32,))
+        batches.append((patterns[target] + 2.5 * torch.randn(32, 3, 8, 8), target))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for images, target in batches[:6] * 3:
+        optimizer.zero_grad()
+        cross_entropy(model(images), target).backward()
+        optimizer.step()
+    made = context(model.eval())
+    held = batches[6:]
+    task = dataclasses.replace(
+        made.task, train=batches[:6], validation=held, calibration=held[:2], test=held, example_inputs=held[0][0]
+    )
+    return dataclasses.replace(made, task=task)
+
+
+def accuracy(model: nn.Module, ctx) -> float:
+    return float(ctx.task.evaluate(model, "validation").mean())
+
+
+def test_a_trained_model_runs_in_integers_without_batch_norm(model, ctx, tmp_path) -> None:
+    static = Static(**U8S8, weights=Granularity.per_tensor).run(copy.deepcopy(model), ctx)
+    quantised = Qat(epochs=2, learning_rate=1e-3, **U8S8, weights=Granularity.per_tensor).run(model, ctx)
+    found = operators(quantised, ctx.task, tmp_path)
+    assert found["QLinearConv"] == 3 and found["QGemm"] == 1 and found["QLinearAdd"] == 1 and not FLOAT & set(found)
+    kinds = {node.op_type for node in onnx.load(export(quantised, ctx.task, tmp_path).path).graph.node}
+    assert "BatchNormalization" not in kinds
+    assert accuracy(quantised, ctx) >= accuracy(static, ctx) - 0.01
+    assert ctx.facts["frozen_after"] == 1 and len(ctx.facts["losses"]) == 2
+
+
+def test_training_that_does_not_help_is_taken_back(model, ctx) -> None:
+    model.norms = nn.ModuleList(nn.Identity() for _ in range(3))
+    before = copy.deepcopy(model)
+    quantised = Qat(epochs=1, learning_rate=0.5, **U8S8).run(model, ctx)
+    assert ctx.facts["best_epoch"] == 0
+    assert any(note.startswith("no epoch was better than calibration alone") for note in ctx.notes)
+    calibrated = Static(observer=Observer.moving_average, **U8S8).run(before, ctx)
+    assert error(quantised, calibrated, ctx.task) < 0.05
+
+
+def statistics(prepared: nn.Module) -> dict[str, torch.Tensor]:
+    """What is learned from data without a gradient: ranges, and batch norm's mean and variance."""
+    words = ("running_", "min_val", "max_val", "scale", "zero_point")
+    return {name: value.clone() for name, value in prepared.state_dict().items() if any(w in name for w in words)}
+
+
+def test_what_is_frozen_stays(model, ctx) -> None:
+    prepared, quantizer = prepare_training(model, Qat(), ctx)
+    calibrate_rounded(prepared, quantizer, ctx)
+    for frozen in (False, True):
+        prepared.train()
+        if frozen:
+            freeze(prepared)
+        before = statistics(prepared)
+        for images, _ in ctx.task.train:
+            prepared(3 * images)
+        changed = {name for name, value in statistics(prepared).items() if not torch.equal(value, before[name])}
+        assert not changed if frozen else {name.rpartition(".")[2] for name in changed} >= {"running_mean", "max_val"}
+
+
+def test_training_that_helps_is_kept(context, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS["grouped"]().eval()
+    made = context(nn.Sequential(NETWORKS["grouped"]()).eval()[0])  # another teacher, to learn from
+    ctx = dataclasses.replace(made, task=dataclasses.replace(made.task, train=list(made.task.train) * 4))
+    quantised = Qat(epochs=2, learning_rate=3e-3, alpha=1.0, keep=["2"], **U8S8).run(model, ctx)
+    assert ctx.facts["best_epoch"] > 0 and ctx.facts["losses"][-1] < ctx.facts["losses"][0]
+    found = operators(quantised, ctx.task, tmp_path)
+    assert found["QLinearConv"] == 1 and found["QGemm"] == 1 and found["FusedConv"] == 1  # the layer that was kept
+    with pytest.raises(StageError, match=r"keep names 'steam', which matches none of the 3 "):
+        Qat(keep=["steam"]).run(model, ctx)
+
+
+def test_a_layer_that_is_used_twice_keeps_one_weight(context, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS["used twice"]().eval()
+    ctx = context(model)
+    quantised = Qat(epochs=1, **U8S8).run(model, ctx)
+    found = operators(quantised, ctx.task, tmp_path)
+    assert found["QLinearConv"] == 4 and not FLOAT & set(found)
+    tables = [i for i in onnx.load(export(quantised, ctx.task, tmp_path).path).graph.initializer if len(i.dims) == 4]
+    assert len(tables) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"processes": 2}, "processes is 2; quantize/qat trains in one"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above 0"),
+        ({"alpha": 1.5}, "alpha is 1.5; it must be between 0 and 1"),
+        ({"held_out": 1.0}, "held_out is 1.0; it must be between 0 and 1"),
+        ({"freeze_after": -1}, "freeze_after is -1; it must not be negative"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+    ],
+)
+def test_settings_that_are_wrong_in_themselves(settings, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        Qat(**settings)
