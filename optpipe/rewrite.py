@@ -57,8 +57,8 @@ def use_packed_attention(model: ir.Model) -> None:
 def derive_bias_scales(model: ir.Model) -> None:
     """The scale of an int32 bias becomes the product that it is, of two scales that the file holds anyway.
 
-    PT2E writes it out, and zero points that are all zero: together twice the size of the bias. Runtimes fold the product
-    when they load the file.
+    PT2E writes it out, and zero points that are all zero: together twice the size of the bias. Runtimes fold the
+    product when they load the file.
     """
     import numpy as np
     import onnx_ir as ir

@@ -107,9 +107,10 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
                 self._moving(node)
             elif node.target is aten.embedding.default and layer_of(node) not in self.keep:
                 _set(node, {node.args[0]: self.scheme.row_spec}, None)
-            elif node.target in ELEMENTWISE and node not in self.integer_nodes:
-                tables = [operand for operand in node.args[:2] if _is_table(model, operand)]
-                _set(node, {table: self.scheme.row_spec for table in tables}, None)
+            elif (
+                (tables := _tables(model, node)) and node not in self.integer_nodes and layer_of(node) not in self.keep
+            ):
+                _set(node, dict.fromkeys(tables, self.scheme.row_spec), None)
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -370,9 +371,10 @@ def layer_of(node: Node) -> str:
 
 
 def layers(graph: GraphModule) -> list[str]:
-    """Names of the layers with weights or matrix products, in order."""
+    """Names of the layers with weights, tables or matrix products, in order."""
     compute = WEIGHTED | PRODUCTS | {aten.embedding.default}
-    return list(dict.fromkeys(layer_of(node) for node in graph.graph.nodes if node.target in compute))
+    nodes = [node for node in graph.graph.nodes if node.target in compute or _tables(graph, node)]
+    return list(dict.fromkeys(map(layer_of, nodes)))
 
 
 def matching(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[str]:
@@ -441,9 +443,15 @@ def _tensors(node: Node) -> list[Any]:
     return list(node.args[:1] if node.target in WEIGHTED | UNARY else node.args[:2])
 
 
-def _is_table(model: GraphModule, operand: Any) -> bool:
-    """Whether `operand` is a learnt table of rows, such as the positions that are added to an embedding."""
-    value = attribute(model, operand.target) if isinstance(operand, Node) and operand.op == "get_attr" else None
+def _tables(model: GraphModule, node: Node) -> list[Node]:
+    """Learnt rows that `node` adds to other values or multiplies them by, such as a text's positions."""
+    if node.target not in ELEMENTWISE:
+        return []
+    operands = [operand for operand in node.args[:2] if isinstance(operand, Node) and operand.op == "get_attr"]
+    return [operand for operand in operands if _is_table(attribute(model, operand.target))]
+
+
+def _is_table(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and value.numel() >= SMALLEST_TABLE
 
 

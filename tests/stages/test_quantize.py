@@ -241,6 +241,38 @@ def test_a_quantised_module_survives_saving_and_stays_small(model, context, task
     assert {tensor.dtype for tensor in loaded.state_dict().values()} >= {torch.int8, torch.int32}
 
 
+class Positions(nn.Module):
+    """Learnt rows that are added to floats, as a text's positions are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(24, 64))
+        self.up, self.norm, self.head = nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head((self.norm(self.up(x.reshape(-1, 24, 8))) + self.position).mean(1))
+
+
+@pytest.mark.parametrize(("keep", "is_float"), [([], False), (["add*"], True)])
+def test_learnt_positions_are_int8_unless_they_are_kept(context, task, tmp_path, keep, is_float) -> None:
+    model = Positions().eval()
+    quantised = Static(keep=keep).run(model, context(model))
+    assert error(quantised, model, task) < 0.05
+    exported = lower.to_onnx(lower.trace(quantised, task), tmp_path / "model.onnx")
+    (table,) = [tensor for tensor in onnx.load(exported.path).graph.initializer if list(tensor.dims) == [24, 64]]
+    assert (table.data_type == onnx.TensorProto.FLOAT) is is_float
+
+
+def test_scales_of_biases_are_not_stored(model, context, task, tmp_path) -> None:
+    program = lower.trace(Static().run(model, context(model)), task)
+    stored, derived = (
+        lower.to_onnx(program, tmp_path / f"{rewrite}.onnx", rewrite=rewrite) for rewrite in (False, True)
+    )
+    assert derived.path.stat().st_size < stored.path.stat().st_size
+    outputs = [form("onnx").as_callable(file)(task.example_inputs) for file in (stored, derived)]
+    assert torch.equal(*outputs)
+
+
 def test_a_model_with_nothing_to_quantise_is_an_error(context) -> None:
     model = nn.Sequential(nn.ReLU(), nn.Flatten())
     with pytest.raises(StageError, match="no convolution, linear layer or matrix product"):
