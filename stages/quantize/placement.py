@@ -65,7 +65,8 @@ TRANSPOSED_CONVOLUTIONS = {
 }  # fmt: skip
 FLOAT_ONLY = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
-    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED), aten.scaled_dot_product_attention.default: ATTENTION,
+    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED),
+    aten.scaled_dot_product_attention.default: ATTENTION,
     aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
     aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
     aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
@@ -224,7 +225,7 @@ def give_own_biases(graph: GraphModule) -> None:
         bias = node.args[2] if node.target in WEIGHTED and len(node.args) > 2 else None
         if isinstance(bias, Node) and bias.op == "get_attr" and len(bias.users) > 1:
             with graph.graph.inserting_before(node):
-                own = graph.graph.get_attr(bias.target)
+                own = graph.graph.get_attr(str(bias.target))
             own.meta = dict(bias.meta)
             node.update_arg(2, own)
 
@@ -423,7 +424,7 @@ def _float_reason(node: Node) -> str:
     """Why `node`, which has weights or is a product, cannot run in integers; empty for other operators."""
     if node.target in WEIGHTED:
         return "its weight is computed while the model runs, and so not known before"
-    return FLOAT_ONLY.get(node.target, "")
+    return next((reason for target, reason in FLOAT_ONLY.items() if target is node.target), "")
 
 
 def _kind(node: Node) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -125,13 +124,6 @@ def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context
     return quantised
 
 
-def copied(prepared: GraphModule) -> GraphModule:
-    """A copy whose observers and graph can be changed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, about its own pytrees
-        return copy.deepcopy(prepared)
-
-
 def _look_at(prepared: GraphModule, inputs: Any) -> None:
     """Let the observers see a batch; StageError with the first layer that gives NaN or infinity."""
     error = None
@@ -154,7 +146,7 @@ def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
     class Look(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
             if node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams"):
-                return self.env[node.args[0]]
+                return self.env[node.all_input_nodes[0]]
             value = super().run_node(node)
             computed = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
             if computed and not torch.isfinite(value).all():

@@ -12,7 +12,7 @@ from integers import FLOAT, error, export, export_error, operators
 from networks import NETWORKS, Text, conv, example
 from torch import nn
 
-from optpipe import StageError
+from optpipe import StageError, lower
 from optpipe.forms import form
 from optpipe.stages.quantize.static import Granularity, Observer, Signedness, Static, Symmetry
 from optpipe.target import InstructionSet
@@ -23,7 +23,8 @@ U8S8 = {"signedness": Signedness.u8s8}
 def with_inputs(context, model: nn.Module, inputs: torch.Tensor):
     """A context whose task has `inputs` in every split."""
     ctx = context(model)
-    splits = dict.fromkeys(("train", "validation", "calibration", "test"), [(inputs, torch.zeros(len(inputs)).long())])
+    batches = [(inputs, torch.zeros(len(inputs)).long())]
+    splits = {split: batches for split in ("train", "validation", "calibration", "test")}
     return dataclasses.replace(ctx, task=dataclasses.replace(ctx.task, **splits, example_inputs=inputs))
 
 
@@ -69,7 +70,9 @@ def test_rare_outliers_widen_the_range_of_some_observers_only(context) -> None:
     images = torch.randn(16, 3, 8, 8)
     images[0, 0, 0, 0] = 100.0
     scale = {
-        observer: ranges(Static(observer=observer, percentile=99.9, **U8S8).run(model, with_inputs(context, model, images)))[0][0]
+        observer: ranges(
+            Static(observer=observer, percentile=99.9, **U8S8).run(model, with_inputs(context, model, images))
+        )[0][0]
         for observer in Observer
     }
     assert scale[Observer.minmax] == scale[Observer.moving_average] > 100 / 256

@@ -50,7 +50,7 @@ def ctx(model, context):
 def analysed(model: nn.Module, settings: Static, ctx) -> list[LayerSensitivity]:
     prepared, quantizer = prepare(model, settings, ctx)
     calibrate(prepared, quantizer, ctx)
-    return Sensitivity(prepared, quantizer, ctx).analyse()
+    return Sensitivity(prepared, quantizer, ctx).analyse(judged=True)
 
 
 def test_the_layer_with_an_outlier_is_the_worst(model, ctx) -> None:
@@ -110,7 +110,9 @@ def test_a_bar_that_cannot_be_held_is_an_error(model, ctx) -> None:
         batches = [(images, model(images)) for images, _ in ctx.task.validation]
     closeness = Metric(name="closeness", score=lambda found, wanted: -(found - wanted).abs().sum(1), unit="value")
     exact = dataclasses.replace(ctx.task, validation=batches, metric=closeness)
-    with pytest.raises(StageError, match=r"all layers but the most robust one, '\d', in float.* max_drop=0 .*raise max"):
+    with pytest.raises(
+        StageError, match=r"all layers but the most robust one, '\d', in float.* max_drop=0 .*raise max"
+    ):
         Mixed(max_drop=0.0).run(model, dataclasses.replace(ctx, task=exact))
 
 
