@@ -62,9 +62,10 @@ ATTENTION = "ONNX Runtime computes it as one operator, which it has in float onl
 TRANSPOSED_CONVOLUTIONS = {
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 }  # fmt: skip
-FLOAT_ONLY = {
+FLOAT_ONLY: dict[Any, str] = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
-    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED), aten.scaled_dot_product_attention.default: ATTENTION,
+    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED),
+    aten.scaled_dot_product_attention.default: ATTENTION,
     aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
     aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
     aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
@@ -219,7 +220,7 @@ def give_own_biases(graph: GraphModule) -> None:
         bias = node.args[2] if node.target in WEIGHTED and len(node.args) > 2 else None
         if isinstance(bias, Node) and bias.op == "get_attr" and len(bias.users) > 1:
             with graph.graph.inserting_before(node):
-                own = graph.graph.get_attr(bias.target)
+                own = graph.graph.get_attr(str(bias.target))
             own.meta = dict(bias.meta)
             node.update_arg(2, own)
 

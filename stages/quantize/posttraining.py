@@ -146,7 +146,7 @@ def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
     class Look(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
             if node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams"):
-                return self.env[node.args[0]]
+                return self.env[node.all_input_nodes[0]]
             value = super().run_node(node)
             computed = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
             if computed and not torch.isfinite(value).all():
