@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -45,6 +46,7 @@ from optpipe.task import Task, top1_accuracy
 
 BATCH, BATCHES, CLASSES = 32, 24, 4
 EPOCHS, LEARNING_RATE = 4, 3e-3
+NAMED = r"'[\w.]+'"  # a layer in a reason
 INTEGER = {
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger", "QAttention",
     "DynamicQuantizeMatMul", "DynamicQuantizeLSTM",
@@ -101,7 +103,10 @@ def carry_through(name: str, folder: Path) -> Row:
         quantise(model, pruned, task, folder, row)
     except StageError as error:
         row.export = "no"
-        row.reasons.append(str(error))
+        if re.search(NAMED, str(error)):
+            row.reasons.append(str(error))
+        else:
+            row.broken = str(error)
     except Exception as error:
         row.export, row.broken = "broken", f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return row

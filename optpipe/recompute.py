@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from fnmatch import fnmatch
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from optpipe.errors import StageError, did_you_mean
+from optpipe.patterns import matching
 
 
 @contextmanager
@@ -35,14 +34,8 @@ def recomputed(model: nn.Module, patterns: Sequence[str]) -> Iterator[None]:
 def _outermost(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
     """The modules that match, without those inside another one."""
     names = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise StageError(
-                f"checkpointing names '{pattern}', which matches no module of this model"
-                f"{did_you_mean(pattern, names) or f'; it has, for example, {names[:3]}'}"
-            )
-    matching = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
-    outer = [name for name in matching if not any(name.startswith(f"{other}.") for other in matching)]
+    found = matching(names, patterns, "checkpointing")
+    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     return [model.get_submodule(name) for name in outer]
 
 

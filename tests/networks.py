@@ -186,11 +186,8 @@ class UNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.inner, self.up = (
-            conv(3, 16),
-            nn.Conv2d(16, 32, 3, padding="same"),
-            nn.ConvTranspose2d(32, 16, 2, 2),
-        )
+        self.stem, self.inner = conv(3, 16), nn.Conv2d(16, 32, 3, padding="same")
+        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
         self.after, self.head = conv(48, 16), classify(16)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,10 +202,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.patches, self.first = nn.Conv2d(3, 32, 2, 2), nn.Parameter(torch.randn(1, 1, 32))
         self.positions = nn.Parameter(torch.randn(1, 17, 32) * 0.1)
-        self.layer, self.head = (
-            nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True),
-            nn.Linear(32, 4),
-        )
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)

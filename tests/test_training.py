@@ -75,7 +75,7 @@ def test_recomputing_layers_changes_nothing_but_what_is_remembered() -> None:
         trained(model, loader(), checkpointing=patterns)
     assert distance(*models) == 0  # running statistics too
     assert "forward" not in vars(models[1][0])
-    with pytest.raises(StageError, match=r"checkpointing names 'blocks\.\*', which matches no module.*for example"):
+    with pytest.raises(StageError, match=r"checkpointing names 'blocks\.\*', which matches no module.*nearest names"):
         trained(network(), loader(), checkpointing=["blocks.*"])
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from optpipe.context import Context
 from optpipe.errors import StageError
+from optpipe.patterns import matching
 from optpipe.registry import register
 
-from .layers import Scope, channels_of, check_finite, matching
+from .layers import Scope, channels_of, check_finite
 from .loss_gradients import check_batches, mean_gradients
 
 if TYPE_CHECKING:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 from enum import Enum
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
 from optpipe.errors import StageError
+from optpipe.patterns import matching
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,18 +26,6 @@ def channels_of(model: nn.Module) -> dict[str, int]:
 
     layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     return {name: module.weight.shape[0] for name, module in model.named_modules() if isinstance(module, layers)}
-
-
-def matching(names: Iterable[str], patterns: list[str], setting: str) -> list[str]:
-    """Those of `names` that `patterns` match, in order; StageError for a pattern that matches none."""
-    known = [name for name in names if name]
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in known):
-            near = get_close_matches(pattern.strip("*."), known, n=3, cutoff=0.4) or known[:3]
-            raise StageError(
-                f"{setting} names '{pattern}', which matches no module of this model; the nearest names are {near}"
-            )
-    return [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def chosen(names: Iterable[str], layers: list[str], keep: list[str]) -> list[str]:

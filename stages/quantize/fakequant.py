@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 from optpipe.context import Context
 from optpipe.errors import StageError
 from optpipe.lower import trace
+from optpipe.patterns import matching
 from optpipe.progress import quiet
 
 from .posttraining import calibrate
@@ -22,7 +23,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from .placement import NORMS, OnnxRuntimeQuantizer, layers, make_ready, matching
+    from .placement import NORMS, OnnxRuntimeQuantizer, layers, make_ready
     from .scheme import scheme
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
     """
     graph = trace(model, ctx.task, training=True).module(check_guards=False)
-    kept = matching(layers(graph), settings.keep, "keep")
+    kept = matching(layers(graph), settings.keep, "keep", "layer")
     make_ready(graph)
     chosen = scheme(
         ctx.target,

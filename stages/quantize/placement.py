@@ -6,9 +6,7 @@ operators the output, are quantised, and only for some operators. This quantizer
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatch
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
-
-from optpipe.errors import StageError
 
 from .scheme import Scheme
 
@@ -63,7 +59,7 @@ ATTENTION = "ONNX Runtime computes it as one operator, which it has in float onl
 TRANSPOSED_CONVOLUTIONS = {
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 }  # fmt: skip
-FLOAT_ONLY = {
+FLOAT_ONLY: dict[Any, str] = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
     aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED),
     aten.scaled_dot_product_attention.default: ATTENTION,
@@ -376,21 +372,6 @@ def layers(graph: GraphModule) -> list[str]:
     compute = WEIGHTED | PRODUCTS | {aten.embedding.default}
     nodes = [node for node in graph.graph.nodes if node.target in compute or _tables(graph, node)]
     return list(dict.fromkeys(map(layer_of, nodes)))
-
-
-def matching(names: Sequence[str], patterns: Iterable[str], setting: str) -> set[str]:
-    """The `names` that `patterns` match; StageError for a pattern that matches none, with the nearest names."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {name for name in names if fnmatch(name, pattern)}
-        if not matched:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(names[:3])
-            raise StageError(
-                f"{setting} names '{pattern}', which matches none of the {len(names)} layers that could be quantised; "
-                f"nearest are {near}"
-            )
-        found |= matched
-    return found
 
 
 def attribute(module: Any, path: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from optpipe.context import Context
 from optpipe.errors import StageError
 from optpipe.lower import trace
+from optpipe.patterns import matching
 from optpipe.progress import quiet
 from optpipe.task import call, tensors_in
 
@@ -28,7 +29,6 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
         look_up_integers,
         make_ready,
         make_room_for_biases,
-        matching,
     )
     from .scheme import Scheme, scheme
 
@@ -59,7 +59,7 @@ def prepare(
     Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
     """
     graph = trace(model, ctx.task).module(check_guards=False)
-    kept = matching(layers(graph), settings.keep, "keep") | set(keep)
+    kept = {*matching(layers(graph), settings.keep, "keep", "layer"), *keep}
     make_ready(graph)
     quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
     prepared = prepare_pt2e(graph, quantizer)

@@ -116,10 +116,10 @@ def _layers(model: nn.Module, patterns: list[str]) -> dict[str, Tensor]:
     from torch import nn
     from torch.nn.modules.conv import _ConvNd
 
-    from .weights import matching
+    from optpipe.patterns import matching
 
     every = {name: module for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
-    kept = matching(every, patterns)
+    kept = matching(every, patterns, "keep", "layer")
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in every.items():
         if name not in kept:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from optpipe import operators
-from optpipe.errors import StageError, did_you_mean
+from optpipe.errors import StageError
+from optpipe.patterns import matching
 
 if TYPE_CHECKING:
     from optpipe.task import Task
@@ -91,20 +91,8 @@ def is_matrix(weight: Weight, _: Node) -> bool:
 
 def kept(found: Sequence[Weight], patterns: Sequence[str]) -> set[str]:
     """The paths of the weights whose layers `patterns` name; StageError for a pattern that names none."""
-    layers = matching([weight.layer for weight in found], patterns)
+    layers = matching(sorted({weight.layer for weight in found}), patterns, "keep", "layer")
     return {weight.path for weight in found if weight.layer in layers}
-
-
-def matching(layers: Iterable[str], patterns: Sequence[str]) -> set[str]:
-    """The layers that `patterns` name; StageError for a pattern that names none."""
-    names = sorted(set(layers))
-    for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise StageError(
-                f"keep names '{pattern}', which matches no layer of this model{did_you_mean(pattern, names)}; "
-                f"it has, for example, {names[:2]}"
-            )
-    return {name for name in names if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
 def rounded(values: Tensor, bits: int, limit: int = 0) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def test_weights_keep_to_seven_bits_without_a_dot_product(context, task) -> None
 
 @pytest.mark.parametrize("stage", [Dynamic(keep=["twise"]), WeightOnly(keep=["twise"]), Simulated(keep=["twise"])])
 def test_a_pattern_that_matches_nothing_names_the_nearest(reader, context, text, stage) -> None:
-    with pytest.raises(StageError, match=r"keep names 'twise', which matches no layer.*did you mean 'twice'"):
+    with pytest.raises(StageError, match=r"keep names 'twise', which matches no layer.*'twice'"):
         stage.run(reader, with_task(context(reader), text))
 
 
