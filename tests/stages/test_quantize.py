@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx
 import pytest
 import torch
 from integers import FLOAT, error, export, export_error, operators

@@ -52,6 +52,7 @@ def accuracy(model: nn.Module, ctx) -> float:
     return float(ctx.task.evaluate(model, "validation").mean())
 
 
+@pytest.mark.slow  # torchao takes 20 s to compile the patterns of batch norm
 def test_a_trained_model_runs_in_integers_without_batch_norm(model, ctx, tmp_path) -> None:
     static = Static(**U8S8, weights=Granularity.per_tensor).run(copy.deepcopy(model), ctx)
     quantised = Qat(epochs=2, learning_rate=1e-3, **U8S8, weights=Granularity.per_tensor).run(model, ctx)
