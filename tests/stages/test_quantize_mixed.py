@@ -77,7 +77,7 @@ def test_rounded_layers_predict_what_the_quantised_model_does(model, ctx) -> Non
     sensitivity = Sensitivity(copied(prepared), quantizer, ctx)
     assert sensitivity.drop(sensitivity.layers) == 0
     quantised = Static(**PER_TENSOR).run(model, ctx)
-    real = ctx.task.predict(quantised.drop_from("validation"), sensitivity.float)
+    real = ctx.task.predict(quantised, "validation").drop_from(sensitivity.float)
     assert sensitivity.drop([]) == pytest.approx(real, abs=0.05) and real > 0.05
 
 
