@@ -140,7 +140,7 @@ def quantise(model: nn.Module, pruned: nn.Module, task: Task, folder: Path, row:
     if others:
         row.operators += f" ({', '.join(f'{n} {kind}' for kind, n in others.items())})"
     run = onnx_form.as_callable(exported)
-    found = parity.check(quantised, run, task, int8=True)
+    found = parity.check(quantised, run, task, precision="int8")
     row.parity = f"{found.max_error:.1e}, {found.label_flips} of {found.n}"
     row.accuracy = f"{float_accuracy:.1%} → {float(task.evaluate(run, 'validation').mean()):.1%}"
     row.kilobytes = f"{plain.path.stat().st_size / 1e3:.1f} → {exported.path.stat().st_size / 1e3:.1f}"

@@ -166,6 +166,7 @@ class Report:
 
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    undecided: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
 
@@ -409,13 +410,17 @@ def row(report: Report, network: Network, rival: Rival, said: Predictions) -> li
         cells += [f"{timing.slowdown:.3f} [{low:.3f}, {high:.3f}]"]
         if low > LIMIT:
             report.failures.append(f"{against}, batch {size}: {timing.slowdown:.3f} times as long, above {LIMIT}")
+        elif high > LIMIT:
+            report.undecided.append(f"{against}, batch {size}: {timing.slowdown:.3f} [{low:.3f}, {high:.3f}]")
     return cells
 
 
 def verdict(report: Report) -> str:
     lines = ["Ours is behind:", *(f"- {failure}" for failure in report.failures)]
     if not report.failures:
-        lines = [f"Ours is nowhere worse outside the interval, larger, or slower than {LIMIT} times theirs."]
+        lines = [f"Ours is nowhere larger, nowhere worse outside the interval, nowhere proved slower than {LIMIT} ×."]
+    if report.undecided:
+        lines += [f"Undecided, the interval straddles {LIMIT}:", *(f"- {entry}" for entry in report.undecided)]
     if report.missing:
         lines += ["Not compared:", *(f"- {missing}" for missing in report.missing)]
     return "\n".join(lines)

@@ -46,7 +46,7 @@ def use_packed_attention(model: ir.Model) -> None:
     """
     import onnx_ir.passes.common as passes
 
-    masks: dict[ir.Value, ir.Value] = {}
+    masks: dict[tuple[ir.Value, int], ir.Value] = {}
     for node in [node for node in model.graph if node.op_type == "Attention"]:
         _expand_mask(model, node, masks)
         _pack(model, node)
@@ -105,7 +105,7 @@ def _merge_reshapes(model: ir.Model) -> None:
         node.replace_input_with(0, producer.inputs[0])
 
 
-def _expand_mask(model: ir.Model, node: ir.Node, masks: dict[ir.Value, ir.Value]) -> None:
+def _expand_mask(model: ir.Model, node: ir.Node, masks: dict[tuple[ir.Value, int], ir.Value]) -> None:
     """Give `node` a mask with a row for each query; `masks` holds those that were expanded before."""
     import onnx_ir as ir
 
@@ -115,13 +115,13 @@ def _expand_mask(model: ir.Model, node: ir.Node, masks: dict[ir.Value, ir.Value]
     length = query.shape[-2]
     if not isinstance(length, int) or length == 1:
         return
-    if mask not in masks:
-        shape = _constant(model, [*[1] * (len(mask.shape) - 2), length, 1], f"{mask.name}_rows")
+    if (mask, length) not in masks:
+        shape = _constant(model, [*[1] * (len(mask.shape) - 2), length, 1], f"{mask.name}_rows_{length}")
         expand = ir.node("Expand", inputs=[mask, shape])
-        expand.outputs[0].name = f"{mask.name}_expanded"
+        expand.outputs[0].name = f"{mask.name}_{length}_rows"
         model.graph.insert_before(node, expand)
-        masks[mask] = expand.outputs[0]
-    node.replace_input_with(3, masks[mask])
+        masks[mask, length] = expand.outputs[0]
+    node.replace_input_with(3, masks[mask, length])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -358,8 +358,11 @@ def make_fabric(device: torch.device, precision: Precision, processes: int = 1) 
 def _rate(optimizer: torch.optim.Optimizer, schedule: Schedule, updates: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate of each of so many updates."""
     if schedule.rate is Rate.one_cycle:
+        warmup = schedule.warmup
+        if math.isclose(warmup * updates, 1):  # OneCycleLR then divides by the 0 steps of its first phase
+            warmup = 1.5 / updates if updates > 2 else 0.75
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, schedule.learning_rate, total_steps=updates, pct_start=schedule.warmup
+            optimizer, schedule.learning_rate, total_steps=updates, pct_start=warmup
         )
     warmup = round(schedule.warmup * updates)
 
@@ -420,22 +423,44 @@ def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batche
     A DataLoader over a map-style dataset is split by samples. Any other iterable is split by the position of its
     batches, so it must yield the same batches in the same order every time.
     """
-    if isinstance(batches, DataLoader) and hasattr(batches.dataset, "__len__"):
-        order = torch.randperm(len(batches.dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    if _is_split_by_samples(batches):
+        count = len(batches.dataset)  # type: ignore[arg-type]
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         held = max(1, round(len(order) * share))
         shuffle = isinstance(batches.sampler, torch.utils.data.RandomSampler)
         return _part(batches, order[held:], shuffle), _part(batches, order[:held], False)
-    every = max(2, min(round(1 / share), sum(1 for _ in batches)))
+    count = sum(1 for _ in batches)
+    if count < 2:
+        raise StageError(
+            f"the train split holds {count} batches; it must hold at least 2, one to pick the best epoch by"
+        )
+    every = max(2, min(round(1 / share), count))
     return _Every(batches, every, held=False), _Every(batches, every, held=True)
+
+
+def _is_split_by_samples(batches: Batches) -> TypeGuard[DataLoader[Any]]:
+    """Whether samples can be drawn anew: not where a sampler of the user's own decides which ones and how often."""
+    samplers = torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler
+    return (
+        isinstance(batches, DataLoader)
+        and hasattr(batches.dataset, "__len__")
+        and batches.batch_size is not None
+        and type(batches.batch_sampler) is torch.utils.data.BatchSampler
+        and type(batches.sampler) in samplers
+    )
 
 
 def _part(loader: DataLoader[Any], indices: list[int], shuffle: bool) -> DataLoader[Any]:
     return DataLoader(
         Subset(loader.dataset, indices),
-        batch_size=loader.batch_size or 1,
+        batch_size=loader.batch_size,
         shuffle=shuffle,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        drop_last=loader.drop_last and shuffle,  # of what is judged, every sample counts
+        generator=loader.generator if shuffle else None,
+        worker_init_fn=loader.worker_init_fn,
+        pin_memory=loader.pin_memory,
     )
 
 

@@ -24,7 +24,7 @@ def wilson_interval(right: int, n: int, confidence: float = 0.95) -> Interval:
     return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
 
 
-def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
+def tango_interval(gained: float, lost: float, n: int, confidence: float = 0.95) -> Interval:
     """Score interval of (gained - lost) / n, where `gained` and `lost` of n pairs are discordant.
 
     Tango, Statistics in Medicine 17 (1998) 891–908.
@@ -33,7 +33,7 @@ def tango_interval(gained: int, lost: int, n: int, confidence: float = 0.95) -> 
     return -tango_bound(lost, gained, n, tail), tango_bound(gained, lost, n, tail)
 
 
-def tango_bound(gained: int, lost: int, n: int, confidence: float) -> float:
+def tango_bound(gained: float, lost: float, n: int, confidence: float) -> float:
     """What the true difference is below with probability `confidence`, one-sided; 0.5 gives (gained - lost) / n."""
     from scipy.optimize import brentq
 

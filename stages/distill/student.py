@@ -44,7 +44,9 @@ def teacher_of(ctx: Context) -> nn.Module:
 
     teacher = copy.deepcopy(ctx.baseline).eval().requires_grad_(False)
     # convolutions alone; a third less time on a CPU
-    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for weight in teacher.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return teacher
 
 
@@ -113,7 +115,9 @@ def _tell(history: History, settings: Training, ctx: Context) -> None:
     ctx.record(epochs=epochs, best_epoch=history.best_epoch, losses=history.losses)
     ctx.note(f"kept epoch {history.best_epoch} of {epochs}, the best on held-out training data")
     if history.continued_after:
-        ctx.note(f"went on after epoch {history.continued_after}, from the checkpoint in {settings.checkpoint}")
+        ctx.note(
+            f"went on after epoch {history.continued_after}, from the checkpoint in {settings.checkpoint or ctx.dir}"
+        )
     elif settings.checkpoint:
         ctx.note(f"the training began anew: there was no state of one in {settings.checkpoint}")
     if history.scales:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optpipe.context import Context
 from optpipe.errors import StageError
@@ -20,7 +20,7 @@ from .loss_gradients import check_batches, mean_gradients
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from . import groups
 
@@ -150,28 +150,18 @@ class Channels:
 
     def _train(self, model: nn.Module, ctx: Context) -> None:
         """Let the model recover from a round, by the task's own loss; the best epoch on held-out data is kept."""
-        import torch
-
-        from optpipe.task import call
-        from optpipe.training import Schedule, fit, hold_out
+        from optpipe.training import HeldOutLoss, Schedule, fit, hold_out
 
         train, held = hold_out(ctx.task.train, HELD_OUT, ctx.seed)
 
-        def judge(narrower: nn.Module) -> float:
-            with torch.no_grad():
-                batches = map(ctx.fabric.to_device, held)
-                losses = [ctx.task.loss(call(narrower, inputs), target) for inputs, target in batches]
-            return -float(torch.stack(losses).mean())
+        def loss(_: Any, outputs: Any, target: Any) -> Tensor:
+            return ctx.task.loss(outputs, target)
 
+        schedule = Schedule(epochs=self.epochs_between, learning_rate=self.learning_rate)
         fit(
-            model,
-            train,
-            lambda _, outputs, target: ctx.task.loss(outputs, target),
-            Schedule(epochs=self.epochs_between, learning_rate=self.learning_rate),
-            fabric=ctx.fabric,
-            judge=judge,
+            model, train, loss, schedule, fabric=ctx.fabric, judge=HeldOutLoss(held, loss),
             description="training between rounds",
-        )
+        )  # fmt: skip
 
     def _report(self, before: dict[str, int], after: dict[str, int], skipped: dict[str, str], ctx: Context) -> None:
         """Record what was removed and what could not be; StageError if that is all."""

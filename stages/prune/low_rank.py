@@ -79,7 +79,15 @@ class LowRank:
                 + ("; ".join(reasons) or "it has no linear layer or ungrouped 2-d convolution of its own weights")
             )
         skipped = [name for name in layers if name not in ranks]
-        ctx.record(layers_replaced=len(ranks), ranks=ranks, relative_errors=errors, skipped=skipped)
+        kept = sum(
+            ranks[name] * (len(u) + v.shape[1]) if name in ranks else layers[name].weight.numel()
+            for name, (u, _, v) in parts.items()
+        ) / sum(layer.weight.numel() for layer in layers.values())
+        ctx.record(
+            layers_replaced=len(ranks), ranks=ranks, relative_errors=errors, skipped=skipped, parameters_kept=kept
+        )
+        if self.budget is not None and kept > self.budget + 0.01:
+            ctx.note(f"{kept:.0%} of the parameters are left, more than budget={self.budget:g}: some layers stay whole")
         worst = max(errors, key=errors.__getitem__)
         ctx.note(
             f"{len(ranks)} layers became two each, of rank {min(ranks.values())} to {max(ranks.values())}; the weights "

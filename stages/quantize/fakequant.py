@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
@@ -11,6 +13,7 @@ from optpipe.errors import StageError
 from optpipe.lower import trace
 from optpipe.patterns import matching
 from optpipe.progress import quiet
+from optpipe.training import KEEPS_ZEROS
 
 from .posttraining import calibrate
 
@@ -54,6 +57,9 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     if not quantizer.num_compute:
         raise StageError("this model has no convolution, linear layer or matrix product that could be trained for int8")
     allow_exported_model_train_eval(prepared)
+    for name, module in model.named_modules():  # the graph holds the parameters in modules of the same names
+        if names := getattr(module, KEEPS_ZEROS, None):
+            setattr(prepared.get_submodule(name), KEEPS_ZEROS, names)
     return prepared, quantizer
 
 
@@ -63,6 +69,19 @@ def calibrate_rounded(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ct
     prepared.apply(disable_fake_quant)
     calibrate(prepared, quantizer, ctx)
     prepared.apply(enable_fake_quant)
+
+
+@contextmanager
+def ranges_kept(prepared: GraphModule) -> Iterator[None]:
+    """Within this the graph rounds, but what it sees does not move its ranges."""
+    observing = {name: flag.clone() for name, flag in prepared.named_buffers() if name.endswith("observer_enabled")}
+    prepared.apply(disable_observer)
+    try:
+        yield
+    finally:
+        for name, flag in prepared.named_buffers():
+            if name in observing:
+                flag.copy_(observing[name])
 
 
 def freeze(prepared: GraphModule) -> None:

@@ -43,6 +43,9 @@ class MseObserver(HistogramObserver):  # type: ignore[misc]
         values = self.min_val + width * (torch.arange(self.bins) + 0.5)
         shares = torch.linspace(1 / CANDIDATES, 1, CANDIDATES).unsqueeze(1)
         low, high = shares * self.min_val.clamp(max=0), shares * self.max_val.clamp(min=0)
+        if self.qscheme is torch.per_tensor_symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
         scale = ((high - low) / (self.quant_max - self.quant_min)).clamp(min=float(self.eps))
         rounded = torch.round(values.clamp(low, high) / scale) * scale
         errors = ((rounded - values) ** 2 * self.histogram).sum(1)

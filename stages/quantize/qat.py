@@ -43,6 +43,8 @@ class Qat(Schedule):
         super().__post_init__()
         if self.processes > 1:
             raise ValueError(f"processes is {self.processes}; quantize/qat trains in one")
+        if self.checkpointing:
+            raise ValueError("checkpointing is set; quantize/qat trains a graph, which has no modules to compute again")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         for name, low, high in (("alpha", -1e-9, 1 + 1e-9), ("held_out", 0, 1)):
@@ -57,14 +59,19 @@ class Qat(Schedule):
         from optpipe.imitation import imitation
         from optpipe.training import HeldOutLoss, fit, hold_out
 
-        from .fakequant import calibrate_rounded, freeze, prepare_training
+        from .fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
         from .posttraining import convert
 
         prepared, quantizer = prepare_training(model, self, ctx)
         calibrate_rounded(prepared, quantizer, ctx)
         train, held = hold_out(ctx.task.train, self.held_out, ctx.seed)
         loss = imitation(copy.deepcopy(ctx.baseline), ctx.task, alpha=self.alpha, temperature=self.temperature)
-        judge, untrained = HeldOutLoss(held, loss), copy.deepcopy(prepared.state_dict())
+        untrained, held_out_loss = copy.deepcopy(prepared.state_dict()), HeldOutLoss(held, loss)
+
+        def judge(rounded: nn.Module) -> float:
+            with ranges_kept(prepared):
+                return held_out_loss(rounded)
+
         before = judge(prepared)
         frozen = self.freeze_after or max(1, round(self.epochs * 2 / 3))
         history = fit(

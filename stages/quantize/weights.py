@@ -52,16 +52,16 @@ def capture(model: nn.Module, task: Task) -> GraphModule:
 
 
 def weights(graph: GraphModule, smallest: int = SMALLEST) -> list[Weight]:
-    """Every float32 tensor of at least `smallest` values that an operator reads.
+    """Every float32 parameter of at least `smallest` values that an operator reads.
 
-    Raises StageError for one that holds NaN or infinity.
+    Buffers, such as a mask with -inf, are no weights. Raises StageError for a parameter that holds NaN or infinity.
     """
     found: dict[str, Weight] = {}
     for node in graph.graph.nodes:
         if node.op != "get_attr":
             continue
         values = _attribute(graph, node.target)
-        if not isinstance(values, Tensor) or values.dtype is not torch.float32 or values.numel() < smallest:
+        if not isinstance(values, nn.Parameter) or values.dtype is not torch.float32 or values.numel() < smallest:
             continue
         if not torch.isfinite(values).all():
             raise StageError(f"'{node.target}' holds NaN or infinity; train or load these weights again")
