@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from optpipe import StageError
 from optpipe.checkpoint import FILE, Checkpoint
-from optpipe.training import HeldOutLoss, Precision, Rate, Schedule, fit
+from optpipe.training import HeldOutLoss, Precision, Rate, Schedule, fit, hold_out
 
 
 def loss(_, outputs, target):
@@ -288,3 +288,34 @@ def test_a_process_that_was_shot_goes_on(tmp_path) -> None:
     whole, resumed = (torch.load(tmp_path / name / "end.pt", weights_only=True) for name in ("whole", "shot"))
     assert 1 <= resumed["continued_after"] < 6 and whole["continued_after"] == 0
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+
+
+@pytest.mark.parametrize(("batches", "warmup"), [(10, 0.1), (4, 0.25), (2, 0.5)])
+def test_a_warm_up_of_a_single_step_is_no_error(batches: int, warmup: float) -> None:
+    data = [(torch.randn(4, 3), torch.randn(4, 1))] * batches
+    model = nn.Linear(3, 1)
+    history = fit(
+        model,
+        data,
+        lambda _, outputs, target: mse_loss(outputs, target),
+        Schedule(epochs=1, learning_rate=1e-3, warmup=warmup),
+    )
+    assert len(history.losses) == 1
+
+
+def test_a_sampler_of_the_users_own_keeps_choosing() -> None:
+    data = TensorDataset(torch.arange(40), torch.zeros(40))
+    chosen = torch.utils.data.WeightedRandomSampler([1.0] * 20 + [0.0] * 20, 40)
+    train, held = hold_out(DataLoader(data, batch_size=4, sampler=chosen), 0.2, seed=1)
+    assert all(int(sample) < 20 for part in (train, held) for inputs, _ in part for sample in inputs)
+
+
+def test_a_last_batch_that_was_to_be_dropped_is() -> None:
+    data = TensorDataset(torch.arange(41), torch.zeros(41))
+    train, _ = hold_out(DataLoader(data, batch_size=4, shuffle=True, drop_last=True), 0.1, seed=1)
+    assert {len(inputs) for inputs, _ in train} == {4}
+
+
+def test_one_batch_cannot_be_held_out() -> None:
+    with pytest.raises(StageError, match="the train split holds 1 batches; it must hold at least 2"):
+        hold_out([(torch.randn(4, 3), torch.randn(4, 1))], 0.1, seed=1)

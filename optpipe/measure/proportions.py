@@ -46,7 +46,7 @@ def tango_bound(gained: float, lost: float, n: int, confidence: float) -> float:
     return float(brentq(lambda delta: _statistic(gained, lost, n, delta) + z, low, high, xtol=1e-12))
 
 
-def _statistic(gained: int, lost: int, n: int, delta: float) -> float:
+def _statistic(gained: float, lost: float, n: int, delta: float) -> float:
     """Tango's score statistic of the hypothesis that the difference is `delta`; falls as delta rises."""
     a = 2 * n  # the likelihood's largest value under that hypothesis solves a·q² + b·q + c = 0
     b = -gained - lost + (2 * n - gained + lost) * delta

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
 from torch.fx import GraphModule
 
 from optpipe.context import Context
@@ -13,6 +14,7 @@ from optpipe.errors import StageError
 from optpipe.lower import trace
 from optpipe.patterns import matching
 from optpipe.progress import quiet
+from optpipe.task import call
 from optpipe.training import KEEPS_ZEROS
 
 from .posttraining import calibrate
@@ -69,6 +71,8 @@ def calibrate_rounded(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ct
     prepared.apply(disable_fake_quant)
     calibrate(prepared, quantizer, ctx)
     prepared.apply(enable_fake_quant)
+    with ranges_kept(prepared), torch.no_grad():  # scales follow from the ranges when something is first rounded
+        call(prepared, ctx.task.example_inputs)
 
 
 @contextmanager

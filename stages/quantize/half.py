@@ -54,7 +54,7 @@ class Half:
         dtype = {Dtype.fp16: torch.float16, Dtype.bf16: torch.bfloat16}[self.dtype]
         computes_half = self.compute is Compute.half or (self.compute is Compute.auto and ctx.target.device != "cpu")
         graph = w.capture(model, ctx.task)
-        found = w.weights(graph, smallest=1 if computes_half else SMALLEST)
+        found = w.weights(graph, smallest=1 if computes_half else SMALLEST, buffers=computes_half)
         if not found:
             raise StageError(
                 f"this model has no float32 tensor of {SMALLEST} values or more to store in half precision"
@@ -81,7 +81,7 @@ def _refuse_overflow(found: list[Weight], dtype: torch.dtype) -> None:
     limit = torch.finfo(dtype).max
     for weight in found:
         largest = float(weight.values.abs().max())
-        if largest > limit:
+        if largest > limit and weight.is_parameter:  # a mask of -1e9 may become -inf
             raise StageError(
                 f"'{weight.path}' holds {largest:.6g}, more than the {limit:.6g} that {str(dtype)[6:]} holds; "
                 "use quantize.dtype=bf16"

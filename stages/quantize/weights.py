@@ -35,6 +35,7 @@ class Weight:
     values: Tensor
     node: Node
     readers: list[Node] = field(default_factory=list)
+    is_parameter: bool = True
 
     @property
     def layer(self) -> str:
@@ -51,21 +52,25 @@ def capture(model: nn.Module, task: Task) -> GraphModule:
     return graph
 
 
-def weights(graph: GraphModule, smallest: int = SMALLEST) -> list[Weight]:
+def weights(graph: GraphModule, smallest: int = SMALLEST, *, buffers: bool = False) -> list[Weight]:
     """Every float32 parameter of at least `smallest` values that an operator reads.
 
-    Buffers, such as a mask with -inf, are no weights. Raises StageError for a parameter that holds NaN or infinity.
+    buffers: whether other tensors that the model holds, such as a mask with -inf, are among them.
+    Raises StageError for a parameter that holds NaN or infinity.
     """
     found: dict[str, Weight] = {}
     for node in graph.graph.nodes:
         if node.op != "get_attr":
             continue
         values = _attribute(graph, node.target)
-        if not isinstance(values, nn.Parameter) or values.dtype is not torch.float32 or values.numel() < smallest:
+        kinds = Tensor if buffers else nn.Parameter
+        if not isinstance(values, kinds) or values.dtype is not torch.float32 or values.numel() < smallest:
             continue
-        if not torch.isfinite(values).all():
+        if isinstance(values, nn.Parameter) and not torch.isfinite(values).all():
             raise StageError(f"'{node.target}' holds NaN or infinity; train or load these weights again")
-        weight = found.setdefault(node.target, Weight(node.target, values.detach(), node))
+        weight = found.setdefault(
+            node.target, Weight(node.target, values.detach(), node, is_parameter=isinstance(values, nn.Parameter))
+        )
         weight.readers.extend(reader for reader in node.users if reader not in weight.readers)
         if node is not weight.node:  # read a second time
             node.replace_all_uses_with(weight.node)

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from optpipe import StageError
-from optpipe.stages.quantize.fakequant import calibrate_rounded, freeze, prepare_training
+from optpipe.stages.prune.magnitude import Magnitude
+from optpipe.stages.quantize.fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
 from optpipe.stages.quantize.qat import Qat
 from optpipe.stages.quantize.static import Granularity, Observer, Signedness, Static
 
@@ -134,3 +135,24 @@ def test_a_layer_that_is_used_twice_keeps_one_weight(context, tmp_path) -> None:
 def test_settings_that_are_wrong_in_themselves(settings, words) -> None:
     with pytest.raises(ValueError, match=words):
         Qat(**settings)
+
+
+def test_judging_does_not_move_the_ranges(model, context) -> None:
+    ctx = context(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    prepared, quantizer = prepare_training(copy.deepcopy(ctx.baseline), Qat(), ctx)
+    calibrate_rounded(prepared, quantizer, ctx)
+    before = copy.deepcopy(prepared.state_dict())
+    with ranges_kept(prepared):
+        prepared(100 * ctx.task.example_inputs)
+    assert [name for name, tensor in prepared.state_dict().items() if not torch.equal(tensor, before[name])] == []
+
+
+def test_zeros_that_pruning_left_stay_zero(context) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4))
+    ctx = context(model)
+    pruned = Magnitude(sparsity=0.8).run(copy.deepcopy(model), ctx)
+    quantised = Qat(epochs=1, held_out=0.25).run(pruned, ctx)
+    integers = [
+        tensor for tensor in quantised.state_dict().values() if tensor.dtype is torch.int8 and tensor.dim() == 2
+    ]
+    assert sum(int((tensor == 0).sum()) for tensor in integers) >= 0.79 * sum(tensor.numel() for tensor in integers)

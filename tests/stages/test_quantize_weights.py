@@ -252,3 +252,26 @@ def with_task(ctx, task: Task):
     from dataclasses import replace
 
     return replace(ctx, task=task)
+
+
+class Masked(nn.Module):
+    """A linear layer, a table that is no weight, and a mask that no float16 holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.register_buffer("table", torch.randn(64, 64))
+        self.register_buffer("mask", torch.full((64, 64), -1e9).triu(1))
+
+    def forward(self, x):
+        return torch.softmax(self.linear(x) @ self.table + self.mask.sum(0) * 0, -1)
+
+
+@pytest.mark.parametrize("stage", [Dynamic(), WeightOnly(bits=4), Half()])
+def test_tensors_that_are_no_parameters_stay_as_they_are(stage, context, task) -> None:
+    model, inputs = Masked().eval(), torch.randn(16, 64)
+    table = model.table.clone()
+    task.calibration = task.validation = [(inputs, torch.zeros(16).long())]
+    task.example_inputs = inputs
+    quantised = stage.run(model, context(model))
+    assert any(torch.equal(tensor, table) for tensor in quantised.buffers() if tensor.shape == table.shape)
