@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.fx import GraphModule
 
+    from optpipe.checkpoint import Checkpoint
+
 
 @register("quantize/qat", takes="torch", gives="torch", requires=("torchao", "lightning_fabric"))
 @dataclass(kw_only=True)
@@ -38,6 +40,7 @@ class Qat(Schedule):
     weights: Granularity = Granularity.per_channel
     signedness: Signedness = Signedness.auto
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay float
+    checkpoint: str | None = None  # folder of the state to go on from, and to keep; the step's own without one
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,13 +79,25 @@ class Qat(Schedule):
         frozen = self.freeze_after or max(1, round(self.epochs * 2 / 3))
         history = fit(
             prepared, train, loss, self, fabric=ctx.fabric, judge=judge, description="training with rounding",
-            on_epoch=lambda epoch: freeze(prepared) if epoch > frozen else None,
+            on_epoch=lambda epoch: freeze(prepared) if epoch > frozen else None, checkpoint=self._checkpoint(ctx),
         )  # fmt: skip
         best = self._best(prepared, untrained, before, history.scores)
         ctx.record(epochs=len(history.losses), best_epoch=best, losses=history.losses, frozen_after=frozen)
         kept = f"kept epoch {best} of {len(history.losses)}" if best else "no epoch was better than calibration alone"
         ctx.note(f"{kept}, by the loss on held-out training data")
         return convert(prepared, quantizer, ctx)
+
+    def _checkpoint(self, ctx: Context) -> Checkpoint:
+        """Where the training is kept after every epoch, and what it depends on beside its schedule."""
+        from pathlib import Path
+
+        from optpipe.checkpoint import Checkpoint, data_of
+        from optpipe.forms.torch import content_hash
+
+        own = ("held_out", "alpha", "temperature", "freeze_after", "weights", "signedness", "keep")
+        of = {name: str(getattr(self, name)) for name in own}
+        of |= {"method": "qat", "data": data_of(ctx.task), "teacher": content_hash(ctx.baseline), "seed": str(ctx.seed)}
+        return Checkpoint(folder=Path(self.checkpoint) if self.checkpoint else ctx.dir, of=of)
 
     def _best(self, prepared: GraphModule, untrained: dict[str, object], before: float, scores: list[float]) -> int:
         """The epoch that is kept, counted from 1; 0, and the calibrated state put back, if training did not help."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from optpipe import StageError
+from optpipe.checkpoint import Checkpoint
 from optpipe.stages.prune.magnitude import Magnitude
 from optpipe.stages.quantize.fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
 from optpipe.stages.quantize.qat import Qat
@@ -156,3 +157,27 @@ def test_zeros_that_pruning_left_stay_zero(context) -> None:
         tensor for tensor in quantised.state_dict().values() if tensor.dtype is torch.int8 and tensor.dim() == 2
     ]
     assert sum(int((tensor == 0).sum()) for tensor in integers) >= 0.79 * sum(tensor.numel() for tensor in integers)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(context, tmp_path, monkeypatch) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 32), nn.ReLU(), nn.Linear(32, 4))
+
+    def run() -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        settings = Qat(epochs=3, held_out=0.25, checkpoint=str(tmp_path))
+        return settings.run(copy.deepcopy(model), context(model)).state_dict()
+
+    whole = run()
+    write = Checkpoint.write
+
+    def killed(checkpoint, state) -> None:
+        write(checkpoint, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Checkpoint, "write", killed)
+        run()
+    assert (tmp_path / "training.ckpt").exists()
+    resumed = run()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert not (tmp_path / "training.ckpt").exists()
