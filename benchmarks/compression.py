@@ -239,7 +239,7 @@ def time(name: str, seed: int, chosen: list[Option], task: Task, bench: Bench) -
         if comparison.problem:
             say(comparison.problem)
             continue
-        ratio = comparison.ratio(1, 0)
+        ratio = comparison.ratio(0, 1)
         result.ratio, result.ratio_ci95 = ratio.value, ratio.ci95
         result.p50_ms = float(np.median(comparison.milliseconds(0)))
         write(folder, result)
