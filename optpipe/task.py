@@ -82,7 +82,7 @@ class Task:
 
     def slice_labels(self, inputs: Inputs, target: Any) -> dict[str, list[str]]:
         """The label of each sample of a batch in each slice. Raises SliceError where one fails to label each."""
-        size = len(tensors_in(inputs)[0])
+        size = size_of(inputs)
         found = {}
         for name, label in self.slices.items():
             try:
@@ -100,7 +100,7 @@ class Task:
             outputs = call(model, inputs)
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(outputs) if tensor.is_floating_point()):
             raise StageError(f"the model returns NaN or infinity on the {split} split; look at its weights and inputs")
-        size, whole = len(tensors_in(inputs)[0]), self.metric.score is None or is_multilabel(outputs, target)
+        size, whole = size_of(inputs), self.metric.score is None or is_multilabel(outputs, target)
         try:
             return Predictions(
                 metric=self.metric,
@@ -179,6 +179,11 @@ def tensors_in(value: Any) -> list[Tensor]:
         return [value]
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return [tensor for item in items for tensor in tensors_in(item)]
+
+
+def size_of(inputs: Inputs) -> int:
+    """Number of samples in a batch."""
+    return len(tensors_in(inputs)[0])
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:

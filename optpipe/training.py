@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
+from optpipe.average import Average
 from optpipe.checkpoint import Checkpoint, random_state, set_random_state
 from optpipe.errors import StageError
 from optpipe.machine import usable_cores
@@ -22,7 +22,7 @@ from optpipe.recompute import recomputed
 from optpipe.schedule import Precision as Precision
 from optpipe.schedule import Rate as Rate
 from optpipe.schedule import Schedule as Schedule
-from optpipe.task import Batches, Inputs, call, tensors_in
+from optpipe.task import Batches, Inputs, call, size_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -152,7 +152,7 @@ class _Loop:
         self.model, self.optimizer = fabric.setup(training.model, optimizer)
         self.zero_again = kept_zeros(training.model)
         self.scaler = getattr(fabric.strategy.precision, "scaler", None)
-        self.average = _Average(training.model, training.schedule.ema) if training.schedule.ema else None
+        self.average = Average(training.model, training.schedule.ema) if training.schedule.ema else None
 
     def epoch(self, epoch: int, history: History) -> None:
         """Train for one epoch, and add its mean loss to `history`."""
@@ -162,7 +162,7 @@ class _Loop:
         history.overflows.append(0)
         total, samples = 0.0, 0
         for group in _groups(self._batches(epoch), self.training.schedule.accumulate):
-            sizes = [_size(inputs) for inputs, _ in group]
+            sizes = [size_of(inputs) for inputs, _ in group]
             for i, (inputs, target) in enumerate(group):
                 with self.fabric.no_backward_sync(self.model, enabled=i + 1 < len(group)):
                     value = self._backward(inputs, target, sizes[i] / sum(sizes), epoch)
@@ -193,7 +193,7 @@ class _Loop:
 
     def _backward(self, inputs: Inputs, target: Any, share: float, epoch: int) -> float:
         """Add the gradients of one batch, of which each process takes its part; return the loss of all of it."""
-        world, size = self.fabric.world_size, _size(inputs)
+        world, size = self.fabric.world_size, size_of(inputs)
         if world > 1:
             inputs, target = (_part_of(value, size, self.fabric.global_rank, world) for value in (inputs, target))
             # gradients are averaged over the processes: this makes it the mean over samples where parts are unequal
@@ -275,67 +275,6 @@ class _Loop:
         return history, state["best"]
 
 
-class _Average:
-    """A moving average of the weights (Polyak & Juditsky 1992); what is no weight, such as statistics, is not averaged.
-
-    The decay of the first updates is lower, (1 + n) / (10 + n) after n, so that the first weights are soon forgotten.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, weight in model.named_parameters():
-            self.weights[name].lerp_(weight, 1 - decay)
-
-    @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the average in place of its weights."""
-        weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-        self._put(self.weights, model)
-        try:
-            yield
-        finally:
-            self._put(weights, model)
-
-    @torch.no_grad()
-    def _put(self, weights: dict[str, Tensor], model: nn.Module) -> None:
-        for name, weight in model.named_parameters():
-            weight.copy_(weights[name])
-
-    def state(self) -> dict[str, Any]:
-        return {"updates": self.updates, "weights": self.weights}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        for name, weight in state["weights"].items():
-            self.weights[name].copy_(weight)
-
-
-@dataclass(frozen=True)
-class HeldOutLoss:
-    """A judge for `fit`: minus the mean loss on training data that is not trained on."""
-
-    batches: Batches
-    loss: Loss
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> float:
-        from lightning_fabric.utilities import move_data_to_device
-
-        device = next(iter(model.parameters()), torch.empty(0)).device
-        total, samples = 0.0, 0
-        for batch in self.batches:
-            inputs, target = move_data_to_device(batch, device)
-            total += float(self.loss(inputs, call(model, inputs), target)) * _size(inputs)
-            samples += _size(inputs)
-        return -total / max(1, samples)
-
-
 def make_fabric(device: torch.device, precision: Precision, processes: int = 1) -> Fabric:
     """Lightning Fabric on `device`, or on `processes` of its kind; fp16 on a CPU too, which it would turn into bf16."""
     from lightning_fabric import Fabric
@@ -384,10 +323,6 @@ def _groups(batches: Iterable[tuple[Inputs, Any]], size: int) -> Iterator[list[t
         yield group
 
 
-def _size(inputs: Inputs) -> int:
-    return len(tensors_in(inputs)[0])
-
-
 def _part_of(value: Any, size: int, rank: int, world: int) -> Any:
     """Every `world`-th sample of a batch of `size`, from `rank` on; the first one where there is none."""
     if isinstance(value, dict):
@@ -415,62 +350,3 @@ def kept_zeros(model: nn.Module) -> Callable[[], None]:
                 weight.masked_fill_(mask, 0.0)
 
     return zero_again
-
-
-def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batches]:
-    """Split training data in two, the second part about `share` of it.
-
-    A DataLoader over a map-style dataset is split by samples. Any other iterable is split by the position of its
-    batches, so it must yield the same batches in the same order every time.
-    """
-    if _is_split_by_samples(batches):
-        count = len(batches.dataset)  # type: ignore[arg-type]
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-        held = max(1, round(len(order) * share))
-        shuffle = isinstance(batches.sampler, torch.utils.data.RandomSampler)
-        return _part(batches, order[held:], shuffle), _part(batches, order[:held], False)
-    count = sum(1 for _ in batches)
-    if count < 2:
-        raise StageError(
-            f"the train split holds {count} batches; it must hold at least 2, one to pick the best epoch by"
-        )
-    every = max(2, min(round(1 / share), count))
-    return _Every(batches, every, held=False), _Every(batches, every, held=True)
-
-
-def _is_split_by_samples(batches: Batches) -> TypeGuard[DataLoader[Any]]:
-    """Whether samples can be drawn anew: not where a sampler of the user's own decides which ones and how often."""
-    samplers = torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler
-    return (
-        isinstance(batches, DataLoader)
-        and hasattr(batches.dataset, "__len__")
-        and batches.batch_size is not None
-        and type(batches.batch_sampler) is torch.utils.data.BatchSampler
-        and type(batches.sampler) in samplers
-    )
-
-
-def _part(loader: DataLoader[Any], indices: list[int], shuffle: bool) -> DataLoader[Any]:
-    return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=loader.batch_size,
-        shuffle=shuffle,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        drop_last=loader.drop_last and shuffle,  # of what is judged, every sample counts
-        generator=loader.generator if shuffle else None,
-        worker_init_fn=loader.worker_init_fn,
-        pin_memory=loader.pin_memory,
-    )
-
-
-@dataclass(frozen=True)
-class _Every:
-    """Every n-th batch of `batches`, or all the others."""
-
-    batches: Iterable[Any]
-    n: int
-    held: bool
-
-    def __iter__(self) -> Any:
-        return (batch for i, batch in enumerate(self.batches) if (i % self.n == self.n - 1) == self.held)

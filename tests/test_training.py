@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from optpipe import StageError
 from optpipe.checkpoint import FILE, Checkpoint
-from optpipe.training import HeldOutLoss, Precision, Rate, Schedule, fit, hold_out
+from optpipe.held_out import HeldOutLoss, hold_out
+from optpipe.training import Precision, Rate, Schedule, fit
 
 
 def loss(_, outputs, target):

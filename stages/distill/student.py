@@ -57,7 +57,8 @@ def learn(student: nn.Module, loss: Loss, settings: Training, ctx: Context, desc
     """
     from optpipe.checkpoint import Checkpoint, data_of
     from optpipe.forms.torch import content_hash
-    from optpipe.training import HeldOutLoss, fit, hold_out
+    from optpipe.held_out import HeldOutLoss, hold_out
+    from optpipe.training import fit
 
     train, held = hold_out(ctx.task.train, settings.held_out, ctx.seed)
     _try(student, loss, held)

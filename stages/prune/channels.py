@@ -150,7 +150,8 @@ class Channels:
 
     def _train(self, model: nn.Module, ctx: Context) -> None:
         """Let the model recover from a round, by the task's own loss; the best epoch on held-out data is kept."""
-        from optpipe.training import HeldOutLoss, Schedule, fit, hold_out
+        from optpipe.held_out import HeldOutLoss, hold_out
+        from optpipe.training import Schedule, fit
 
         train, held = hold_out(ctx.task.train, HELD_OUT, ctx.seed)
 

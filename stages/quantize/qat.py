@@ -59,8 +59,9 @@ class Qat(Schedule):
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
 
+        from optpipe.held_out import HeldOutLoss, hold_out
         from optpipe.imitation import imitation
-        from optpipe.training import HeldOutLoss, fit, hold_out
+        from optpipe.training import fit
 
         from .fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
         from .posttraining import convert

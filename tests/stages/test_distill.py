@@ -9,12 +9,13 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from optpipe import StageError
+from optpipe.held_out import hold_out
 from optpipe.imitation import imitation
 from optpipe.metrics import mean_squared_error
 from optpipe.schedule import Precision
 from optpipe.stages.distill import Features, Finetune, Logits
 from optpipe.task import Task
-from optpipe.training import Schedule, fit, hold_out
+from optpipe.training import Schedule, fit
 
 
 def distance(student: nn.Module, teacher: nn.Module, task) -> float:
