@@ -168,6 +168,11 @@ def test_layouts_and_threads() -> None:
     assert explain.thread_oversubscription(graph("Conv"), cores=2) is None
 
 
+def test_a_graph_that_nothing_changed_is_told_before_its_overhead() -> None:
+    idle = graph("Gemm", ms=0.0)  # the overhead is the whole call, so both causes have the same share
+    assert causes(explain.explain(idle, idle))[:2] == ["same_graph", "call_overhead"]
+
+
 @pytest.fixture
 def small_task() -> Task:
     data = [(torch.randn(4, 8), torch.zeros(4, dtype=torch.long))]

@@ -53,13 +53,13 @@ def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding
     """
     _, isa = cpu()
     found = [
+        *([same_graph(inspection, baseline)] if baseline else []),  # explains the most, so it comes first among equals
         call_overhead(inspection),
         float_operators(inspection),
         unfused_qdq(inspection),
         layout_conversions(inspection),
         missing_instructions(inspection, isa),
         channels_off_vector_width(inspection),
-        *([same_graph(inspection, baseline)] if baseline else []),
         *([more_operators(inspection, baseline), slower_kernels(inspection, baseline)] if baseline else []),
     ]
     told = [finding for finding in found if finding and _share(finding) >= LEAST_SHARE]
