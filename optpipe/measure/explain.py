@@ -68,9 +68,11 @@ def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding
 
 
 def operators(inspection: Inspection) -> list[Operator]:
-    """The operators that take longest, slowest first."""
+    """The operators that take longest, slowest first; none where the clock is too coarse for any of them."""
     slowest = sorted(inspection.nodes, key=inspection.ms, reverse=True)[:MOST_OPERATORS]
     total = sum(map(inspection.ms, inspection.nodes))
+    if not total:
+        return []
     return [
         Operator(
             name=node.name,
