@@ -31,7 +31,7 @@ from networks import IMAGE, NETWORKS, TOKENS, VOCABULARY, example
 
 from optpipe import parity
 from optpipe.context import Context
-from optpipe.errors import StageError
+from optpipe.errors import StageError, named_reason
 from optpipe.forms import ExportedFile
 from optpipe.forms import onnx as onnx_form
 from optpipe.lower import to_onnx, trace
@@ -108,7 +108,7 @@ def carry_through(name: str, folder: Path) -> Row:
         else:
             row.broken = str(error)
     except Exception as error:
-        row.export, row.broken = "broken", f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        row.export, row.broken = "broken", named_reason(error)
     return row
 
 

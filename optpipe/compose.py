@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from optpipe import registry, sources
 from optpipe.budget import Budget
 from optpipe.command import Command
-from optpipe.errors import RecipeError, did_you_mean
+from optpipe.errors import RecipeError, did_you_mean, reason
 from optpipe.measure.settings import Measure
 from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, budget_problems, chain_problems, forms_along
 from optpipe.runtimes import RUNTIMES
@@ -177,9 +177,8 @@ def _explain(override: str, error: Exception, command: Command) -> str:
         return f"'{override}': there is no '{key}' to choose{did_you_mean(key.lstrip('+'), known)}"
     if value in ("null", "") and override.split("=")[0] in registry.families():
         return f"'{override}': a stage family cannot be empty; leave its key out of pipeline=[…] instead"
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    reason = "; ".join(line for line in lines[:1])
-    return f"'{override}': {reason}" if override else f"{reason} ({value})" if value else reason
+    said = reason(cause)
+    return f"'{override}': {said}" if override else f"{said} ({value})" if value else said
 
 
 def _unknown_key(override: str, key: str, owner: str | None, command: Command) -> str:
@@ -286,9 +285,9 @@ def _typed(schema: type, node: Any, name: str, problems: list[str]) -> Any:
     try:
         value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except ValueError as error:
-        problems.append(f"{name}: {_first_line(error)}")
+        problems.append(f"{name}: {reason(error)}")
     except OmegaConfBaseException as error:
-        problems.append(f"{name}: {_first_line(error)}")
+        problems.append(f"{name}: {reason(error)}")
     else:
         return value
     return None
@@ -388,7 +387,7 @@ class _Steps:
         try:
             stage: Any = OmegaConf.to_object(node)
         except (ValueError, OmegaConfBaseException) as error:
-            self.problems.append(f"{key}: {_first_line(error)}")
+            self.problems.append(f"{key}: {reason(error)}")
             return None
         if missing := info.missing():
             remedy = f'pip install "{info.extra}"' if info.extra else f"pip install {' '.join(missing)}"
@@ -434,7 +433,7 @@ def _milder(config: DictConfig, key: str, settings: dict[str, Any], problems: li
         assert isinstance(changed, DictConfig)
         step = _Steps(changed, found).step(key)
     except OmegaConfBaseException as error:
-        found.append(_first_line(error))
+        found.append(reason(error))
     problems += [f"relax.{key}: {problem}" for problem in found]
     return replace(step, settings=", ".join(f"{name}={value}" for name, value in settings.items())) if step else None
 
@@ -462,7 +461,3 @@ def _used(config: DictConfig, entries: Sequence[Entry], recipe: str) -> dict[str
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {"recipe": recipe, **{str(key): value for key, value in plain.items() if key in kept}}
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -31,6 +31,16 @@ class StageError(OptpipeError):
     """A stage cannot do to this model what it was asked to do."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of `error` with words in it: those below are other libraries' traces and advice."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def named_reason(error: BaseException) -> str:
+    """The same behind the kind of error that it is."""
+    return f"{type(error).__name__}: {reason(error)}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'quantize'?` if something known is close to `word`, else an empty string."""
     close = get_close_matches(word, list(known), n=1)

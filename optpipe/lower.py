@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from optpipe import operators
-from optpipe.errors import StageError
+from optpipe.errors import StageError, named_reason
 from optpipe.forms import ExportedFile
 from optpipe.progress import quiet
 from optpipe.rewrite import derive_bias_scales, use_global_pooling, use_packed_attention
@@ -54,7 +54,7 @@ def trace(model: nn.Module, task: Task, *, training: bool = False) -> ExportedPr
                 "torch.export cannot capture this model with a free batch size: on the way it makes a fixed number of "
                 "it, as by len(tensor), int(tensor.shape[0]) or a size written in view or expand; use tensor.shape[0]"
             ) from error
-        raise StageError(f"torch.export cannot capture this model as a graph: {_first_line(error)}") from error
+        raise StageError(f"torch.export cannot capture this model as a graph: {named_reason(error)}") from error
 
 
 def to_onnx(
@@ -90,7 +90,7 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the exporter's own errors share no base class
-        raise StageError(f"torch.onnx cannot export this program: {_first_line(error)}") from error
+        raise StageError(f"torch.onnx cannot export this program: {named_reason(error)}") from error
     assert exported is not None
     operators.restore(exported.model)
     if rewrite:
@@ -103,7 +103,7 @@ def to_onnx(
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise StageError(f"the exported graph is not valid ONNX: {_first_line(error)}") from error
+        raise StageError(f"the exported graph is not valid ONNX: {named_reason(error)}") from error
     path.write_bytes(proto.SerializeToString(deterministic=True))
     return ExportedFile(path, "onnx")
 
@@ -130,8 +130,3 @@ def _strip(proto: Any) -> None:
         initializer.ClearField("metadata_props")
         initializer.ClearField("doc_string")
     proto.graph.ClearField("value_info")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"

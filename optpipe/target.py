@@ -50,6 +50,14 @@ class Target:
         """The instruction set to place int8 for."""
         return host_instruction_sets()[0] if self.instruction_set is InstructionSet.host else self.instruction_set
 
+    @property
+    def weight_bits(self) -> int:
+        """Of int8 weights beside unsigned activations: 7 where pairs of products, added in int16, would saturate.
+
+        ONNX Runtime's documentation calls this reduce_range.
+        """
+        return 7 if self.int8_instructions() is InstructionSet.avx2 else 8
+
 
 def host_instruction_sets() -> list[InstructionSet]:
     """The int8 instruction sets of this machine, the most capable first."""

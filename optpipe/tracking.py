@@ -15,7 +15,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from optpipe.errors import RecipeError
+from optpipe.errors import RecipeError, reason
 from optpipe.machine import user_cache
 from optpipe.report import Measurement, NotMeasured, Report, StageResult
 
@@ -93,9 +93,9 @@ class MlflowTracker:
                 self._client = MlflowClient(self._uri())
                 self._experiment_id = self._experiment()
             except MlflowException as error:
-                reason = str(error).splitlines()[0]
                 problem = (
-                    f"the MLflow store {self._uri()} cannot be used ({reason}); mend tracking.uri, or tracking=none"
+                    f"the MLflow store {self._uri()} cannot be used ({reason(error)}); mend tracking.uri, or "
+                    "tracking=none"
                 )
                 raise RecipeError([problem]) from error
         name = f"{config.get('recipe') or 'pipeline'} {datetime.now():%m-%d %H:%M:%S}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from optpipe.context import Context
 from optpipe.registry import register
 
-from .settings import Training
+from .settings import Learning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @register("distill/finetune", takes="torch", gives="torch", requires=("lightning_fabric",))
 @dataclass(kw_only=True)
-class Finetune(Training):
+class Finetune(Learning):
     """Minimise the task's own loss, without a teacher: the yardstick of distillation.
 
     Which epoch is kept is decided on a slice of the training data; validation and test data are not seen.

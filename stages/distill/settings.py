@@ -9,7 +9,7 @@ from optpipe.schedule import Schedule
 
 
 @dataclass(kw_only=True)
-class Training(Schedule):
+class Learning(Schedule):
     """What is trained, for how long, and what decides which epoch is kept: a slice of the training data."""
 
     epochs: int = 10
@@ -32,7 +32,7 @@ class Training(Schedule):
 
 
 @dataclass(kw_only=True)
-class Imitating(Training):
+class Imitating(Learning):
     """How much the teacher counts, and how softly it speaks."""
 
     learning_rate: float = 3e-3

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optpipe.context import Context
 from optpipe.errors import RecipeError, StageError
 
-from .settings import Training
+from .settings import Learning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optpipe.training import History, Loss
 
 
-def student_of(model: nn.Module, settings: Training, ctx: Context) -> nn.Module:
+def student_of(model: nn.Module, settings: Learning, ctx: Context) -> nn.Module:
     """The model to train: the one that the settings name, or `model`."""
     from torch import nn
 
@@ -50,7 +50,7 @@ def teacher_of(ctx: Context) -> nn.Module:
     return teacher
 
 
-def learn(student: nn.Module, loss: Loss, settings: Training, ctx: Context, description: str, **of: str) -> History:
+def learn(student: nn.Module, loss: Loss, settings: Learning, ctx: Context, description: str, **of: str) -> History:
     """Train `student` on all but a slice of the training data, and keep the epoch whose loss on that slice is least.
 
     of: what else the training depends on, as a checkpoint must know it.
@@ -111,7 +111,7 @@ def _try(student: nn.Module, loss: Loss, held: Batches) -> None:
             ) from error
 
 
-def _tell(history: History, settings: Training, ctx: Context) -> None:
+def _tell(history: History, settings: Learning, ctx: Context) -> None:
     epochs = len(history.losses)
     ctx.record(epochs=epochs, best_epoch=history.best_epoch, losses=history.losses)
     ctx.note(f"kept epoch {history.best_epoch} of {epochs}, the best on held-out training data")

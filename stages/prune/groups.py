@@ -15,7 +15,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from optpipe.errors import StageError
+from optpipe.errors import StageError, named_reason
 from optpipe.task import Inputs, call, tensors_in
 
 from .heads import heads_in
@@ -101,7 +101,7 @@ class Surgeon:
                     found.append(self._group(members, layers, importance))
                 seen.update(layers)
             except Exception as error:
-                found.append(self._refused(root, f"Torch-Pruning cannot follow its channels ({_said(error)})"))
+                found.append(self._refused(root, f"Torch-Pruning cannot follow its channels ({named_reason(error)})"))
         return [group for group in found if group is not None]
 
     def remove(self, removals: list[Removal]) -> dict[str, str]:
@@ -122,7 +122,11 @@ class Surgeon:
         except Exception as error:  # of Torch-Pruning, or of the user's own forward
             restore(before)
             self._graph, self.heads = None, heads
-            return str(error) if isinstance(error, RefusedError) else f"without some of its channels, {_said(error)}"
+            return (
+                str(error)
+                if isinstance(error, RefusedError)
+                else f"without some of its channels, {named_reason(error)}"
+            )
         return None
 
     def _cut(self, removal: Removal) -> None:
@@ -210,7 +214,7 @@ class Surgeon:
             except Exception as error:
                 raise StageError(
                     "how the layers of this model depend on one another cannot be traced "
-                    f"({_said(error)}); its outputs must depend on its weights differentiably"
+                    f"({named_reason(error)}); its outputs must depend on its weights differentiably"
                 ) from error
         return self._graph
 
@@ -252,10 +256,6 @@ def _parts(graph: tp.DependencyGraph, dependency: Any) -> int:
     pruner = graph.get_pruner_of_module(layer)
     outward = graph.is_out_channel_pruning_fn(dependency.handler)
     return int(pruner.get_out_channel_groups(layer) if outward else pruner.get_in_channel_groups(layer))
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _plain(shapes: list[torch.Size]) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optpipe.context import Context
-from optpipe.errors import StageError
+from optpipe.errors import StageError, named_reason
 from optpipe.registry import register
 
 from .layers import check_finite, chosen
@@ -197,7 +197,7 @@ def _replace(model: nn.Module, name: str, pair: nn.Module, ctx: Context) -> str:
             return ""
         reason = "the outputs would be NaN or infinite"
     except Exception as error:  # of the user's own forward, which may read what a pair of layers does not have
-        reason = f"{type(error).__name__} afterwards: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"afterwards {named_reason(error)}"
     for place in places:
         model.set_submodule(place, layer)
     return reason

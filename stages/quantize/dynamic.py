@@ -35,7 +35,7 @@ class Dynamic:
         graph = w.capture(model, ctx.task)
         found = w.weights(graph, smallest=1)
         kept = w.kept(found, self.keep)
-        rewriter, bits = w.Rewriter(graph), _weight_bits(ctx)
+        rewriter, bits = w.Rewriter(graph), ctx.target.weight_bits
         linear, stored, left = [], [], []
         for weight in found:
             for reader in [] if weight.path in kept else weight.readers:
@@ -48,9 +48,9 @@ class Dynamic:
                 elif self.embeddings and w.is_table(weight, reader) and weight.values.numel() >= w.SMALLEST:
                     rewriter.unpack_at_load(weight, reader, 8, 0)
                     stored.append(weight.layer)
-                elif w.is_matrix(weight, reader):
+                elif weight.is_matrix:
                     left.append(weight.layer)
-        left += [weight.layer for weight in found if weight.path in kept and weight.values.dim() > 1]
+        left += [weight.layer for weight in found if weight.path in kept and weight.is_matrix]
         if not linear:
             raise StageError(
                 f"this model has no linear layer to quantise dynamically (left: {w.said(left)}); "
@@ -76,10 +76,3 @@ def _quantise(rewriter: Rewriter, weight: Weight, reader: Node, bits: int) -> No
     scale = rewriter.scale(weight, "column_scale", scales.flatten())
     operator = torch.ops.optpipe.dynamic_quantized_linear.default
     rewriter.replace(reader, rewriter.call(reader, operator, x, columns, scale, *bias))
-
-
-def _weight_bits(ctx: Context) -> int:
-    """7 where the target adds pairs of u8 × s8 products in int16, which would saturate."""
-    from optpipe.target import InstructionSet
-
-    return 7 if ctx.target.int8_instructions() is InstructionSet.avx2 else 8

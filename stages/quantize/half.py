@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from optpipe.context import Context
-from optpipe.errors import StageError
+from optpipe.errors import StageError, reason
 from optpipe.registry import register
 
 if TYPE_CHECKING:
@@ -162,7 +162,8 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
     except Exception as error:
         raise StageError(
             f"ONNX Runtime {ort.__version__} cannot compute this model in {dtype.value} on a processor: "
-            f"{_reason(error)}. Use quantize.compute=float: weights are stored in {dtype.value}, the rest is float32"
+            f"{_without_codes(error)}. Use quantize.compute=float: weights are stored in {dtype.value}, the rest is "
+            "float32"
         ) from error
     finally:
         tried.unlink(missing_ok=True)
@@ -175,6 +176,6 @@ def _try_in_onnxruntime(halved: GraphModule, ctx: Context, dtype: Dtype) -> str:
     )
 
 
-def _reason(error: Exception) -> str:
-    """Its first line without the runtime's codes."""
-    return str(error).strip().splitlines()[0].rpartition(" : ")[2][:200].rstrip(".")
+def _without_codes(error: Exception) -> str:
+    """Why, without the runtime's codes."""
+    return reason(error).rpartition(" : ")[2][:200].rstrip(".")

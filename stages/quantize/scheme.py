@@ -89,16 +89,15 @@ class Scheme:
 def scheme(target: Target, signedness: str = "auto", **settings: Any) -> Scheme:
     """The types to use on `target`; signedness "auto" takes what its instruction set multiplies fastest.
 
-    x86 multiplies unsigned by signed bytes; without a dot-product instruction it adds pairs of products in int16,
-    which saturates unless weights keep to 7 bits (ONNX Runtime's documentation calls this reduce_range). Signed by
-    signed is for Arm: on x86 ONNX Runtime leaves a signed convolution with relu in float.
+    x86 multiplies unsigned by signed bytes. Signed by signed is for Arm: on x86 ONNX Runtime leaves a signed
+    convolution with relu in float.
     """
     instructions = target.int8_instructions()
     signed = instructions in (InstructionSet.neon, InstructionSet.neon_dotprod)
     name = signedness if signedness != "auto" else "s8s8" if signed else "u8s8"
-    reduce_range = name == "u8s8" and instructions is InstructionSet.avx2
+    weight_bits = target.weight_bits if name == "u8s8" else 8
     reason = f"{'chosen for' if signedness == 'auto' else 'asked for; the target has'} {instructions.value}"
-    if reduce_range:
+    if weight_bits < 8:
         reason += ", weights in 7 bits because it has no int8 dot product"
     dtype = torch.int8 if name == "s8s8" else torch.uint8
-    return Scheme(name, reason, dtype, 7 if reduce_range else 8, **settings)
+    return Scheme(name, reason, dtype, weight_bits, **settings)

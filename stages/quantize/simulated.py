@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Scheme(Enum):
+class Levels(Enum):
     """Which values a weight may have."""
 
     uniform = "uniform"  # evenly spaced around zero (Jacob et al. 2018)
     logarithmic = "logarithmic"  # zero and powers of two (Miyashita et al. 2016)
 
 
-class Granularity(Enum):
+class Grouping(Enum):
     """Which weights share a scale."""
 
     tensor = "tensor"
@@ -42,9 +42,9 @@ class Simulated:
     would have packed is recorded as `simulated_packed_bytes`.
     """
 
-    scheme: Scheme = Scheme.uniform
+    scheme: Levels = Levels.uniform
     bits: int = 4
-    granularity: Granularity = Granularity.channel
+    granularity: Grouping = Grouping.channel
     group_size: int = 32  # with granularity=group
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay as they are
 
@@ -65,7 +65,7 @@ class Simulated:
                 raise StageError(f"the weight of '{name}' holds NaN or infinity; train or load these weights again")
             others -= weight.nbytes
             groups = _grouped(weight.detach(), self.granularity, self.group_size)
-            rounded = (uniform if self.scheme is Scheme.uniform else logarithmic)(groups, self.bits)
+            rounded = (uniform if self.scheme is Levels.uniform else logarithmic)(groups, self.bits)
             rounded = rounded.flatten(1)[:, : weight.numel() // len(groups)].reshape(
                 weight.shape
             )  # without the padding
@@ -107,8 +107,8 @@ def logarithmic(groups: Tensor, bits: int) -> Tensor:
     return torch.where(held & (groups != 0), groups.sign() * torch.exp2(exponents), torch.zeros_like(groups))
 
 
-def _scale_bytes(scheme: Scheme) -> int:
-    return 4 if scheme is Scheme.uniform else 1  # a float32 step, or the largest exponent
+def _scale_bytes(scheme: Levels) -> int:
+    return 4 if scheme is Levels.uniform else 1  # a float32 step, or the largest exponent
 
 
 def _layers(model: nn.Module, patterns: list[str]) -> dict[str, Tensor]:
@@ -129,10 +129,10 @@ def _layers(model: nn.Module, patterns: list[str]) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _grouped(weight: Tensor, granularity: Granularity, group_size: int) -> Tensor:
+def _grouped(weight: Tensor, granularity: Grouping, group_size: int) -> Tensor:
     """`weight` as (rows, groups, n); the n of a group share a scale."""
     from .weights import grouped
 
-    if granularity is Granularity.tensor:
+    if granularity is Grouping.tensor:
         return weight.flatten()[None, None]
-    return grouped(weight, group_size if granularity is Granularity.group else 0)
+    return grouped(weight, group_size if granularity is Grouping.group else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 aten = torch.ops.aten
-CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-}  # fmt: skip
 SMALLEST = 256  # values of a tensor below which what unpacks it would take as many bytes as are saved
 SHRINK = torch.linspace(0.7, 1.0, 13)  # of a range, to find the one whose rounding errs least
 HALF_RANGE = 2.0**-20, 2.0**15  # scales that float16 holds to within a few per cent
@@ -36,6 +33,10 @@ class Weight:
     node: Node
     readers: list[Node] = field(default_factory=list)
     is_parameter: bool = True
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.values.dim() > 1
 
     @property
     def layer(self) -> str:
@@ -62,7 +63,7 @@ def weights(graph: GraphModule, smallest: int = SMALLEST, *, buffers: bool = Fal
     for node in graph.graph.nodes:
         if node.op != "get_attr":
             continue
-        values = _attribute(graph, node.target)
+        values = attrgetter(node.target)(graph)
         kinds = Tensor if buffers else nn.Parameter
         if not isinstance(values, kinds) or values.dtype is not torch.float32 or values.numel() < smallest:
             continue
@@ -87,11 +88,7 @@ def is_embedding(weight: Weight, reader: Node) -> bool:
 
 def is_table(weight: Weight, reader: Node) -> bool:
     """Whether `reader` adds a matrix of weights to its input, as positions are."""
-    return reader.target in (aten.add.Tensor, aten.add_.Tensor) and weight.values.dim() > 1
-
-
-def is_matrix(weight: Weight, _: Node) -> bool:
-    return weight.values.dim() > 1
+    return reader.target in (aten.add.Tensor, aten.add_.Tensor) and weight.is_matrix
 
 
 def kept(found: Sequence[Weight], patterns: Sequence[str]) -> set[str]:
@@ -143,7 +140,7 @@ class Rewriter:
     def put(self, weight: Weight, suffix: str, values: Tensor) -> Node:
         """A new tensor beside `weight`, to be read from before the first operator on."""
         owner, _, leaf = weight.path.rpartition(".")
-        module = _attribute(self.graph, owner) if owner else self.graph
+        module = attrgetter(owner)(self.graph) if owner else self.graph
         name = f"{leaf}_{suffix}"
         if not hasattr(module, name):
             module.register_buffer(name, values.contiguous())
@@ -191,7 +188,7 @@ class Rewriter:
         ]:
             if path not in read:
                 owner, _, leaf = path.rpartition(".")
-                delattr(_attribute(graph, owner) if owner else graph, leaf)
+                delattr(attrgetter(owner)(graph) if owner else graph, leaf)
         graph.graph.lint()
         graph.recompile()
         return graph
@@ -200,10 +197,3 @@ class Rewriter:
 def _is_argument(weight: Weight, reader: Node, position: int) -> bool:
     argument = reader.args[position] if len(reader.args) > position else None
     return isinstance(argument, Node) and argument.op == "get_attr" and argument.target == weight.path
-
-
-def _attribute(module: Any, path: Any) -> Any:
-    """The submodule or tensor at a dotted path."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module

@@ -17,7 +17,7 @@ from optpipe import StageError, lower, parity
 from optpipe.forms import ExportedFile, form
 from optpipe.stages.quantize.dynamic import Dynamic
 from optpipe.stages.quantize.half import Compute, Dtype, Half
-from optpipe.stages.quantize.simulated import Granularity, Scheme, Simulated, logarithmic, uniform
+from optpipe.stages.quantize.simulated import Grouping, Levels, Simulated, logarithmic, uniform
 from optpipe.stages.quantize.weight_only import Unpack, WeightOnly
 from optpipe.target import InstructionSet
 from optpipe.task import Task, top1_accuracy
@@ -213,8 +213,8 @@ def test_what_fp16_cannot_hold_is_named(context) -> None:
         Half().run(model, context(model))
 
 
-@pytest.mark.parametrize("scheme", list(Scheme))
-@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("scheme", list(Levels))
+@pytest.mark.parametrize("granularity", list(Grouping))
 def test_simulated_weights_take_few_values_and_their_size_is_labelled(model, context, scheme, granularity) -> None:
     ctx = context(model)
     before = sum(tensor.nbytes for tensor in model.state_dict().values())
