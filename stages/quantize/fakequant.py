@@ -56,7 +56,7 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     )
     quantizer = OnnxRuntimeQuantizer(chosen, kept)
     prepared = prepare_qat_pt2e(graph, quantizer)
-    if not quantizer.num_compute:
+    if not quantizer.compute_layers:
         raise StageError("this model has no convolution, linear layer or matrix product that could be trained for int8")
     allow_exported_model_train_eval(prepared)
     for name, module in model.named_modules():  # the graph holds the parameters in modules of the same names

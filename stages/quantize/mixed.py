@@ -5,6 +5,7 @@ Takes and gives a torch module; the one it gives is a graph with quantise operat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 class Mixed(Static):
     """Post-training quantisation guided by sensitivity (Dong et al. 2019; Nagel et al. 2021, §4.2).
 
-    Layers are ranked by the error that each alone brings to the model's output. As few as possible of the worst stay
-    float, so that quality on validation is within `max_drop` of the model as it came into this step.
+    Layers, embeddings among them, are ranked by the error that each alone brings to the model's output. The fewest of
+    the worst that rounding predicts to suffice stay float; more, in growing strides, until quality on validation really
+    is within `max_drop` of the model as it came into this step.
     """
 
     max_drop: float = 0.005  # of quality on validation, in the metric's unit: 0.005 is half a point of accuracy
@@ -49,8 +51,8 @@ class Mixed(Static):
         found = sensitivity.analyse(judged=self.sensitivity)
         ctx.table(table(found, ctx.task.metric.unit))
         ranked = [entry.layer for entry in sorted(found, key=lambda entry: entry.output_sqnr_db)]
-        count = self._fewest(sensitivity, ranked)
-        while count < len(ranked):
+        most = max(number for number, layer in enumerate(ranked) if layer in quantizer.compute_layers)
+        for count in _growing(self._fewest(sensitivity, ranked), most):
             if count:
                 trial = dataclasses.replace(ctx, notes=[], facts={})
                 prepared, quantizer = prepare(model, self, trial, keep=ranked[:count])
@@ -63,10 +65,10 @@ class Mixed(Static):
                 ctx.record(validation_drop=drop, layers_in_float=count, layers=len(ranked))
                 ctx.note(f"{count} of {len(ranked)} layers stay float; {drop:.4f} lost on validation")
                 return quantised
-            count += 1
         raise StageError(
-            f"with all layers but the most robust one, '{ranked[-1]}', in float, this model still loses more than "
-            f"max_drop={self.max_drop:g} on validation; raise max_drop, or train it with quantize=qat"
+            f"with {most} of {len(ranked)} layers in float, all that are less robust than '{ranked[most]}', this model "
+            f"still loses more than max_drop={self.max_drop:g} on validation; raise max_drop, or train it with "
+            "quantize=qat"
         )
 
     def _fewest(self, sensitivity: Sensitivity, ranked: list[str]) -> int:
@@ -81,3 +83,12 @@ class Mixed(Static):
             else:
                 low = middle
         return high
+
+
+def _growing(first: int, last: int) -> Iterator[int]:
+    """`first`, and from there to `last` in strides that double."""
+    stride = 1
+    while first < last:
+        yield first
+        first, stride = first + stride, 2 * stride
+    yield last

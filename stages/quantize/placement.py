@@ -7,6 +7,7 @@ operators the output, are quantised, and only for some operators. This quantizer
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
 
     keep: names of layers that stay float (see `layers`).
     integer_nodes: the operators that will compute in integers, in the graph's order, once `annotate` has run.
+    table_nodes: those that will read rows of integers, and compute in float.
     left_in_float: the layers that will compute in float though nobody asked for it, and why; from then on too.
     """
 
@@ -81,12 +83,13 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         self.scheme = scheme
         self.keep = set(keep)
         self.integer_nodes: dict[Node, None] = {}
+        self.table_nodes: dict[Node, None] = {}
         self.left_in_float: dict[str, str] = {}
 
     @property
-    def num_compute(self) -> int:
-        """Operators with weights, and matrix products, that were annotated."""
-        return sum(node.target in WEIGHTED | PRODUCTS for node in self.integer_nodes)
+    def compute_layers(self) -> list[str]:
+        """The layer of each operator with weights, and matrix product, that was annotated."""
+        return [layer_of(node) for node in self.integer_nodes if node.target in WEIGHTED | PRODUCTS]
 
     def annotate(self, model: GraphModule) -> GraphModule:
         calls = [node for node in model.graph.nodes if node.op == "call_function"]
@@ -102,12 +105,9 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         for node in calls:
             if node.target in MOVING and _is_quantised(node.args[0]):
                 self._moving(node)
-            elif node.target is aten.embedding.default and layer_of(node) not in self.keep:
-                _set(node, {node.args[0]: self.scheme.row_spec}, None)
-            elif (
-                (tables := _tables(model, node)) and node not in self.integer_nodes and layer_of(node) not in self.keep
-            ):
-                _set(node, dict.fromkeys(tables, self.scheme.row_spec), None)
+            elif node not in self.integer_nodes and layer_of(node) not in self.keep and (read := _tables(model, node)):
+                _set(node, dict.fromkeys(read, self.scheme.row_spec), None)
+                self.table_nodes[node] = None
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -347,11 +347,11 @@ def make_room_for_biases(prepared: GraphModule) -> int:
         activation, weight, bias = arguments
         if bias is None or bias.op != "call_module" or bias.args[0].op != "get_attr":
             continue  # one behind which a batch norm is trained is known once that is folded
-        activation_observer = attribute(prepared, activation.target)
-        weight_observer = attribute(prepared, weight.target)
+        activation_observer = held(prepared, activation)
+        weight_observer = held(prepared, weight)
         weight_observer = getattr(weight_observer, "activation_post_process", weight_observer)  # of a fake quantiser
         activation_scale, _ = activation_observer.calculate_qparams()
-        values = attribute(prepared, bias.args[0].target).detach()
+        values = held(prepared, bias.args[0]).detach()
         limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max
         low, high = weight_observer.min_val, weight_observer.max_val
         limit = limit if high.dim() else limit.max()
@@ -369,16 +369,13 @@ def layer_of(node: Node) -> str:
 
 def layers(graph: GraphModule) -> list[str]:
     """Names of the layers with weights, tables or matrix products, in order."""
-    compute = WEIGHTED | PRODUCTS | {aten.embedding.default}
-    nodes = [node for node in graph.graph.nodes if node.target in compute or _tables(graph, node)]
+    nodes = [node for node in graph.graph.nodes if node.target in WEIGHTED | PRODUCTS or _tables(graph, node)]
     return list(dict.fromkeys(map(layer_of, nodes)))
 
 
-def attribute(module: Any, path: Any) -> Any:
-    """The submodule or tensor at a dotted path."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
+def held(graph: GraphModule, node: Node) -> Any:
+    """The submodule or tensor of `graph` that `node` calls or reads."""
+    return attrgetter(str(node.target))(graph)
 
 
 def _bias_spec(node: Node, activation: Any, weight: Any, per_channel: bool) -> DerivedQuantizationSpec:
@@ -426,11 +423,13 @@ def _tensors(node: Node) -> list[Any]:
 
 
 def _tables(model: GraphModule, node: Node) -> list[Node]:
-    """Learnt rows that `node` adds to other values or multiplies them by, such as a text's positions."""
+    """Learnt rows that `node` looks up, adds to other values or multiplies them by, such as a text's positions."""
+    if node.target is aten.embedding.default:
+        return [node.args[0]] if isinstance(node.args[0], Node) else []
     if node.target not in ELEMENTWISE:
         return []
     operands = [operand for operand in node.args[:2] if isinstance(operand, Node) and operand.op == "get_attr"]
-    return [operand for operand in operands if _is_table(attribute(model, operand.target))]
+    return [operand for operand in operands if _is_table(held(model, operand))]
 
 
 def _is_table(value: Any) -> bool:

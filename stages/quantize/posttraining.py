@@ -22,7 +22,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
 
     from .placement import (
         OnnxRuntimeQuantizer,
-        attribute,
+        held,
         keep_out_of_integers,
         layer_of,
         layers,
@@ -63,7 +63,7 @@ def prepare(
     make_ready(graph)
     quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
     prepared = prepare_pt2e(graph, quantizer)
-    if not quantizer.num_compute:
+    if not quantizer.compute_layers:
         raise StageError(
             "this model has no convolution, linear layer or matrix product that could run in int8"
             + (f" beside those that keep={settings.keep} leaves in float" if kept else "")
@@ -99,8 +99,8 @@ def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Conte
     if widened := make_room_for_biases(prepared):
         ctx.note(f"{widened} channels with next to no weights got a coarser scale, so that their bias fits in int32")
     chosen = quantizer.scheme
-    ctx.record(compute_operators=quantizer.num_compute, calibration_batches=batches, scheme=chosen.name)
-    ctx.note(f"{quantizer.num_compute} operators in int8, {chosen.name}: {chosen.reason}")
+    ctx.record(compute_operators=len(quantizer.compute_layers), calibration_batches=batches, scheme=chosen.name)
+    ctx.note(f"{len(quantizer.compute_layers)} operators in int8, {chosen.name}: {chosen.reason}")
 
 
 def copied(prepared: GraphModule) -> GraphModule:
@@ -145,7 +145,7 @@ def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
 
     class Look(torch.fx.Interpreter):
         def run_node(self, node: torch.fx.Node) -> Any:
-            if node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams"):
+            if node.op == "call_module" and hasattr(held(graph, node), "calculate_qparams"):
                 return self.env[node.all_input_nodes[0]]
             value = super().run_node(node)
             computed = node.op == "call_function" and isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -165,7 +165,7 @@ def _constant_activations(prepared: GraphModule) -> list[str]:
         source = node.args[0] if node.op == "call_module" and "activation_post_process" in str(node.target) else None
         if source is None or source.op == "get_attr":
             continue
-        observer = attribute(prepared, node.target)
+        observer = held(prepared, node)
         low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
         if low is not None and high is not None and low.numel() == 1 and float(low) == float(high):
             names.append(f"'{layer_of(source)}' ({float(low):g})")

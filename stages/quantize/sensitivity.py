@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from optpipe.predictions import Predictions
 from optpipe.report.schema import Table
 from optpipe.task import call, tensors_in
 
-from .placement import OnnxRuntimeQuantizer, attribute, layer_of
+from .placement import OnnxRuntimeQuantizer, held, layer_of
 
 OUTLIER = 6.0  # standard deviations from the mean
 ALONE, ACCUMULATED = "SQNR alone, dB", "SQNR accumulated, dB"
@@ -34,7 +35,7 @@ class LayerSensitivity:
     quality_drop: float | None  # of the model on validation then; None where that was not asked for
     accumulated_sqnr_db: float  # of its output when the whole model is quantised: the error's growth
     outlier_share: float  # of its input's values that lie beyond OUTLIER standard deviations
-    input_noise: float  # mean squared rounding error of its input
+    input_noise: float  # mean squared rounding error of its input, of a table: of its rows
     expected_noise: float  # Δ²/12, that of a uniform error within one step Δ (Widrow 1956)
 
 
@@ -71,7 +72,7 @@ class Sensitivity:
         self.roundings: dict[str, list[Rounding]] = defaultdict(list)
         self.nodes: dict[str, Node] = {}  # the last operator of each layer
         self._inputs: dict[str, tuple[Node, Rounding]] = {}
-        names = {node.name for node in quantizer.integer_nodes}
+        names = {node.name for node in (*quantizer.integer_nodes, *quantizer.table_nodes)}
         for node in list(prepared.graph.nodes):
             if node.name in names:
                 self._give_own_roundings(node)
@@ -90,6 +91,7 @@ class Sensitivity:
         kept = set(kept)
         return self._predict(layer for layer in self.layers if layer not in kept).drop_from(self.float)
 
+    @torch.no_grad()
     def analyse(self, *, judged: bool) -> list[LayerSensitivity]:
         """What each layer costs, in the order that they run; noise is measured on the first calibration batch.
 
@@ -123,29 +125,31 @@ class Sensitivity:
         """Let `node` alone read its rounded inputs and weights: other layers may read the same tensor unrounded."""
         layer = layer_of(node)
         self.nodes[layer] = node
+        read: list[tuple[Node, Rounding]] = []
         observed = [source for source in node.all_input_nodes if _is_observer(self.graph, source)]
         for number, source in enumerate(observed):
-            observer = attribute(self.graph, source.target)
+            observer = held(self.graph, source)
             tensor: Any = source.args[0]
             if not hasattr(observer, "quant_min") or observer.dtype == torch.int32:  # a bias: its steps are tiny
                 node.replace_input_with(source, tensor)
                 continue
             name = f"rounding_{node.name}_{number}"
             self.graph.add_submodule(name, Rounding(observer))
-            self.roundings[layer].append(rounding := attribute(self.graph, name))
+            self.roundings[layer].append(rounding := attrgetter(name)(self.graph))
             with self.graph.graph.inserting_before(node):
                 node.replace_input_with(source, self.graph.graph.call_module(name, (tensor,)))
-            if tensor.op != "get_attr":
-                self._inputs.setdefault(layer, (tensor, rounding))
+            read.append((tensor, rounding))
+        if layer not in self._inputs and read:  # the activation, or the rows of a table
+            self._inputs[layer] = next((pair for pair in read if pair[0].op != "get_attr"), read[0])
 
     def _leave_to_producer(self, node: Node) -> None:
         """An observer that no integer operator reads rounds the output of the layer before it."""
-        observer = attribute(self.graph, node.target)
+        observer = held(self.graph, node)
         source: Any = node.args[0]
         layer = layer_of(source)
         if layer in self.nodes and node.users and hasattr(observer, "quant_min") and source.op != "get_attr":
             setattr(self.graph, str(node.target), Rounding(observer))
-            self.roundings[layer].append(attribute(self.graph, node.target))
+            self.roundings[layer].append(held(self.graph, node))
             return
         node.replace_all_uses_with(source)
         self.graph.graph.erase_node(node)
@@ -173,8 +177,7 @@ class Sensitivity:
                     seen[node.name] = value
                 return value
 
-        with torch.no_grad():
-            outputs = call(_as_called(Look(self.graph)), batch)
+        outputs = call(_as_called(Look(self.graph)), batch)
         return seen, tensors_in(outputs)[0]
 
 
@@ -213,7 +216,7 @@ def sqnr_db(exact: Tensor, rounded: Tensor) -> float:
 
 
 def _is_observer(graph: GraphModule, node: Node) -> bool:
-    return node.op == "call_module" and hasattr(attribute(graph, node.target), "calculate_qparams")
+    return node.op == "call_module" and hasattr(held(graph, node), "calculate_qparams")
 
 
 def _as_called(interpreter: Interpreter) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from integers import FLOAT, error, export, operators
 from networks import conv
-from torch import nn
+from torch import Tensor, nn
 
 from optpipe import Metric, StageError
 from optpipe.forms import form
@@ -105,12 +105,42 @@ def test_what_int8_does_not_harm_is_all_in_int8(model, ctx) -> None:
     assert ctx.facts["layers_in_float"] == 0 and "float_layers" not in ctx.facts
 
 
+class Bag(nn.Module):
+    """A text's class from the mean of its rows; the first value of every row is huge, and is not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(64, 17)
+        self.head = nn.Linear(16, 4)
+        self.rows.weight.data[:, 0] = 1000.0
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.rows(words)[..., 1:].mean(1))
+
+
+def test_a_table_that_costs_stays_float(context, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = Bag().eval()
+    words = torch.randint(64, (128, 8))
+    with torch.no_grad():
+        model.head.bias.sub_(model(words).mean(0))
+        batches = [(words, model(words).argmax(1))]
+    made = context(model)
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), batches)
+    ctx = dataclasses.replace(made, task=dataclasses.replace(made.task, **splits, example_inputs=words))
+    quantised = Mixed(max_drop=0.04).run(model, ctx)
+    assert ctx.facts["float_layers"] == ["rows"] and ctx.facts["validation_drop"] <= 0.04
+    assert operators(quantised, ctx.task, tmp_path)["QGemm"] == 1
+    (table,) = ctx.tables
+    assert [row[0] for row in table.rows] == ["rows", "head"]
+
+
 def test_a_bar_that_cannot_be_held_is_an_error(model, ctx) -> None:
     with torch.no_grad():
         batches = [(images, model(images)) for images, _ in ctx.task.validation]
     closeness = Metric(name="closeness", score=lambda found, wanted: -(found - wanted).abs().sum(1), unit="value")
     exact = dataclasses.replace(ctx.task, validation=batches, metric=closeness)
-    with pytest.raises(StageError, match=r"but the most robust one, '\d', in float.* max_drop=0 .*raise max_drop"):
+    with pytest.raises(StageError, match=r"with 3 of 4 layers in float, .* max_drop=0 .*raise max_drop"):
         Mixed(max_drop=0.0).run(model, dataclasses.replace(ctx, task=exact))
 
 
