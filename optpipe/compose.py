@@ -7,6 +7,7 @@ checked as a whole, so that one RecipeError holds every problem.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,8 +29,8 @@ from optpipe.budget import Budget
 from optpipe.command import Command
 from optpipe.errors import RecipeError, did_you_mean, reason
 from optpipe.measure.settings import Measure
-from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, budget_problems, chain_problems, forms_along
-from optpipe.runtimes import RUNTIMES
+from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, budget_problems, chain_problems, forms_along, steps_of
+from optpipe.runtimes import RUNTIMES, missing
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -253,7 +254,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     if not problems:
         problems += chain_problems(entries)
     if not problems and entries:
-        problems += _target_problems(entries, settings["target"])
+        problems += _target_problems(entries, relax, settings["target"])
     if not problems:
         deployed = RUNTIMES[settings["target"].runtime]
         problems += budget_problems(entries, settings["budget"], settings["measure"], relax, deployed)
@@ -438,26 +439,25 @@ def _milder(config: DictConfig, key: str, settings: dict[str, Any], problems: li
     return replace(step, settings=", ".join(f"{name}={value}" for name, value in settings.items())) if step else None
 
 
-def _target_problems(entries: Sequence[Entry], target: Target) -> list[str]:
+def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], target: Target) -> list[str]:
     if target.runtime not in RUNTIMES:
         hint = did_you_mean(target.runtime, RUNTIMES)
         return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
+    if missing(target.runtime):
+        return [f'target.runtime={target.runtime} is not installed here; pip install "optpipe[{target.runtime}]"']
     if target.device != "cpu":
         return [f"target.device is '{target.device}'; the runtimes installed here run on cpu"]
     after = forms_along(entries)[-1][2]
     if after == "onnx" and RUNTIMES[target.runtime] != "onnx":
         return [f"the pipeline ends with {SPOKEN[after]}, which target.runtime={target.runtime} does not run"]
-    return []
+    steps = [*steps_of(entries), *itertools.chain(*relax.values())]
+    found = [f"{step.key}: {problem}" for step in steps for problem in registry.problems_of(step.stage, target)]
+    return list(dict.fromkeys(found))
 
 
 def _used(config: DictConfig, entries: Sequence[Entry], recipe: str) -> dict[str, Any]:
     """The resolved configuration without the families that the pipeline does not use."""
-    keys = {
-        step.key
-        for entry in entries
-        for step in ([entry] if isinstance(entry, Step) else [s for branch in entry.branches for s in branch])
-    }
-    kept = {*SCHEMAS, *SETTINGS, *keys}
+    kept = {*SCHEMAS, *SETTINGS, *(step.key for step in steps_of(entries))}
     plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(plain, dict)
     return {"recipe": recipe, **{str(key): value for key, value in plain.items() if key in kept}}

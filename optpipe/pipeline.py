@@ -29,6 +29,7 @@ from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, forms_along
 from optpipe.progress import log, say
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
+from optpipe.runtimes import evaluator
 from optpipe.task import Task
 from optpipe.tracking import Tracker
 
@@ -316,8 +317,8 @@ class Loop:
         if after_form is not before.form:
             reference = before.reloaded().model  # the stage may have changed the one that it was given
             same = parity.check(
-                before.form.as_callable(reference),
-                after_form.as_callable(model),
+                evaluator(reference, self.plan.target.runtime),
+                evaluator(model, self.plan.target.runtime),
                 self.task,
                 precision=parity.precision(reference),
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ class Choice:
 
 
 Entry = Step | Choice
+
+
+def steps_of(entries: Sequence[Entry]) -> list[Step]:
+    """Every step of `entries`, those of alternatives among them."""
+    return [
+        step for entry in entries for step in ([entry] if isinstance(entry, Step) else itertools.chain(*entry.branches))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

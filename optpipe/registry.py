@@ -14,12 +14,17 @@ from hydra.core.config_store import ConfigStore
 
 if TYPE_CHECKING:
     from optpipe.context import Context
+    from optpipe.target import Target
 
 ENTRY_POINT_GROUP = "optpipe.stages"
 
 
 class Stage(Protocol):
-    """What every registered dataclass has. Its fields are its settings."""
+    """What every registered dataclass has. Its fields are its settings.
+
+    It may have `problems(target) -> list[str]` too: why it cannot run for a target, or with what this machine has, in
+    words that name the remedy. They are reported before any work starts.
+    """
 
     def run(self, model: Any, ctx: Context) -> Any: ...
 
@@ -112,6 +117,12 @@ def load_plugins(modules: Sequence[str]) -> list[str]:
 def info_of(cls: type) -> StageInfo | None:
     """What `cls` registered, or None if it is no stage."""
     return _by_class.get(cls)
+
+
+def problems_of(stage: Stage, target: Target) -> list[str]:
+    """Why `stage` cannot run for `target`, if it says so."""
+    asked = getattr(stage, "problems", None)
+    return list(asked(target)) if asked else []
 
 
 def stages() -> list[StageInfo]:

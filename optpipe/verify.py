@@ -84,9 +84,10 @@ class Run:
     def predictions(self, task: Task) -> Predictions:
         """The deployed model on the test split of `task`."""
         from optpipe.forms import form
+        from optpipe.runtimes import evaluator
 
-        engine = form(self.manifest["form"])
-        return task.predict(engine.as_callable(engine.load(self.model)), "test")
+        model = form(self.manifest["form"]).load(self.model)
+        return task.predict(evaluator(model, self.manifest["runtime"]), "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -54,6 +54,11 @@ def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> N
         ([EDGE, "device=gpu"], ["device is 'gpu'", "cuda"]),
         ([EDGE, "target.threads=0"], ["target: threads is 0; it must be at least 1"]),
         ([EDGE, "target.runtime=onxruntime"], ["target.runtime is 'onxruntime'", "did you mean 'onnxruntime'?"]),
+        (
+            [EDGE, "quantize.placement=inductor", "quantize.weights=per_tensor"],
+            ["quantize: placement=inductor", "per channel"],
+        ),
+        ([EDGE, "quantize.placement=tensorrt"], ["placement", "onnxruntime", "openvino", "inductor", "xnnpack"]),
         ([EDGE, "target.instruction_set=avx1024"], ["instruction_set", "avx512_vnni"]),
         ([EDGE, "budget.quality_drop=-1"], ["budget: quality_drop is -1"]),
         ([EDGE, "measure.replicas=0"], ["measure: replicas is 0"]),
@@ -78,6 +83,11 @@ def test_a_mistake_is_named_with_its_remedy(words: list[str], expected: list[str
     text = problems(*words)
     for part in expected:
         assert part in text
+
+
+def test_a_runtime_that_is_not_installed_is_told_before_the_run(monkeypatch) -> None:
+    monkeypatch.setattr(compose, "missing", lambda name: True)
+    assert 'not installed here; pip install "optpipe[openvino]"' in problems(EDGE, "target.runtime=openvino")
 
 
 def test_all_problems_are_reported_together() -> None:

@@ -28,7 +28,7 @@ from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
 from optpipe.progress import say
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Roofline, Sustained
-from optpipe.runtimes import RUNTIMES
+from optpipe.runtimes import RUNTIMES, evaluator
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
 
@@ -412,7 +412,7 @@ class Measurer:
         key = (current.content_hash(model), split)
         if key not in self._judged:
             with machine_lock().working():
-                self._judged[key] = self.task.predict(current.as_callable(model), split)
+                self._judged[key] = self.task.predict(evaluator(model, self.target.runtime), split)
             for old in list(self._judged)[:-MOST_JUDGED]:
                 del self._judged[old]
         return self._judged[key]

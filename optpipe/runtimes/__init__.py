@@ -10,12 +10,17 @@ files, so they import torch only if they run it.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from optpipe.machine import usable_cores
+
 Runner = Callable[..., list[Any]]
 
-RUNTIMES = {"torch": "torch", "onnxruntime": "onnx"}  # the form that each takes, known without importing it
+# the form that each takes, known without importing it
+RUNTIMES = {"torch": "torch", "onnxruntime": "onnx", "openvino": "onnx"}
+OPTIONAL = {"openvino"}  # installed by optpipe's extra of the same name
 
 
 class Runtime(Protocol):
@@ -26,10 +31,26 @@ class Runtime(Protocol):
     def runner(self, model: Any, threads: int) -> Runner: ...
 
 
+def missing(name: str) -> bool:
+    """Whether the engine called `name` is not installed."""
+    return name in OPTIONAL and importlib.util.find_spec(name) is None
+
+
 def runtime(name: str) -> Runtime:
     """The engine called `name`."""
     module: Any = importlib.import_module(f"optpipe.runtimes.{name}")
     return module  # type: ignore[no-any-return]
+
+
+def evaluator(model: Any, name: str) -> Callable[..., Any]:
+    """`model` as a callable on torch tensors: in the engine called `name` where that takes its form."""
+    from optpipe.forms import form_of
+
+    current = form_of(model)
+    assert current is not None
+    if name == "torch" or RUNTIMES[name] != current.NAME:
+        return current.as_callable(model)
+    return as_model(runtime(name).runner(model, usable_cores()))
 
 
 def as_model(runner: Runner) -> Callable[..., Any]:

@@ -28,33 +28,38 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from .placement import NORMS, OnnxRuntimeQuantizer, layers, make_ready
+    from .engines import quantizer_for
+    from .integers import make_ready
+    from .placement import NORMS, IntegerQuantizer, layers
     from .scheme import scheme
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .engines import Annotator
     from .qat import Qat
 
 TRAINING = 5  # position of the flag among the arguments of aten.batch_norm
 
 
-def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[GraphModule, OnnxRuntimeQuantizer]:
+def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[GraphModule, Annotator]:
     """`model` as a graph that rounds every tensor that will be quantised, and can be trained.
 
     Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
     """
     graph = trace(model, ctx.task, training=True).module(check_guards=False)
     kept = matching(layers(graph), settings.keep, "keep", "layer")
-    make_ready(graph)
     chosen = scheme(
         ctx.target,
         settings.signedness.value,
+        settings.placement,
         observer="moving_average",
         per_channel=settings.weights.value == "per_channel",
         training=True,
     )
-    quantizer = OnnxRuntimeQuantizer(chosen, kept)
+    quantizer = quantizer_for(settings.placement, ctx, chosen, kept)
+    if isinstance(quantizer, IntegerQuantizer):
+        make_ready(graph)
     prepared = prepare_qat_pt2e(graph, quantizer)
     if not quantizer.compute_layers:
         raise StageError("this model has no convolution, linear layer or matrix product that could be trained for int8")
@@ -65,7 +70,7 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     return prepared, quantizer
 
 
-def calibrate_rounded(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> None:
+def calibrate_rounded(prepared: GraphModule, quantizer: Annotator, ctx: Context) -> None:
     """Find the first ranges on calibration data, unrounded; then start to round."""
     prepared.eval()
     prepared.apply(disable_fake_quant)

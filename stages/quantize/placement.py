@@ -1,12 +1,13 @@
 """Placement: which tensors of a graph are quantised, so that the target's runtime computes in integers.
 
-ONNX Runtime fuses `dequantise → operator → quantise` into one integer operator only if all of its inputs, and for most
-operators the output, are quantised, and only for some operators. This quantizer annotates just those.
+ONNX Runtime and OpenVINO fuse `dequantise → operator → quantise` into one integer operator only if all of its inputs,
+and for most operators the output, are quantised, and only for some operators. This quantizer annotates just those.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -31,7 +32,9 @@ CONVOLUTIONS = {
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 }  # fmt: skip
-WEIGHTED = {*CONVOLUTIONS, aten.linear.default}  # weight and bias are arguments 1 and 2
+TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+GROUPS = 6  # position among the arguments of a transposed convolution
+WEIGHTED = {*CONVOLUTIONS, *TRANSPOSED, aten.linear.default}  # weight and bias are arguments 1 and 2
 PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default}
 ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 # integer operators of one input
@@ -46,32 +49,39 @@ MOVING = {
 }  # fmt: skip
 # the range of a quantised output can stand for these
 CLAMPING = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
-# every value by itself, or with its like in another tensor of the same shape
-BY_VALUE = {
-    aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
-    aten.sigmoid.default, aten.dropout.default, aten.hardtanh.default,
-}  # fmt: skip
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads alone
-# operators with weights, or of two activations, that ONNX Runtime computes in float whatever their types
-RECURRENT = "ONNX Runtime has no recurrent operator with calibrated int8"
-TRANSPOSED = "ONNX Runtime has no transposed convolution in int8"
-ATTENTION = "ONNX Runtime computes it as one operator, which it has in float only"
-TRANSPOSED_CONVOLUTIONS = {
-    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
-}  # fmt: skip
+# operators with weights, or of two activations, that both engines compute in float whatever their types
+RECURRENT = "has no recurrent operator with calibrated int8"
 FLOAT_ONLY: dict[Any, str] = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
-    aten.rnn_relu.input: RECURRENT, **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, TRANSPOSED),
-    aten.scaled_dot_product_attention.default: ATTENTION,
-    aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
-    aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
-    aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
+    aten.rnn_relu.input: RECURRENT,
+    aten.scaled_dot_product_attention.default: "computes it as one operator, which it has in float only",
+    aten.einsum.default: "has no einsum in int8; write it as a matrix product or a linear layer",
+    aten.embedding_bag.padding_idx: "has no embedding bag in int8; use an embedding and a mean or a sum",
+    aten.bilinear.default: "has no bilinear layer in int8",
 }  # fmt: skip
 
 
-class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
-    """Annotates a PT2E graph for ONNX Runtime's integer operators.
+@dataclass(frozen=True)
+class Kernels:
+    """What an engine computes in integers."""
+
+    engine: str
+    float_only: dict[Any, str]  # operators that it computes in float, and why
+    rounds_float: bool = False  # whether it rounds the weights of float layers between quantised tensors
+
+
+ONNX_RUNTIME = Kernels(
+    "ONNX Runtime",
+    {**FLOAT_ONLY, **dict.fromkeys(TRANSPOSED, "has no transposed convolution in int8")},
+    rounds_float=True,
+)
+OPENVINO = Kernels("OpenVINO", FLOAT_ONLY)
+
+
+class IntegerQuantizer(Quantizer):  # type: ignore[misc]
+    """Annotates a PT2E graph for an engine's integer operators.
 
     keep: names of layers that stay float (see `layers`).
     integer_nodes: the operators that will compute in integers, in the graph's order, once `annotate` has run.
@@ -79,8 +89,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
     left_in_float: the layers that will compute in float though nobody asked for it, and why; from then on too.
     """
 
-    def __init__(self, scheme: Scheme, keep: Iterable[str] = ()) -> None:
-        self.scheme = scheme
+    def __init__(self, scheme: Scheme, keep: Iterable[str] = (), kernels: Kernels = ONNX_RUNTIME) -> None:
+        self.scheme, self.kernels = scheme, kernels
         self.keep = set(keep)
         self.integer_nodes: dict[Node, None] = {}
         self.table_nodes: dict[Node, None] = {}
@@ -98,8 +108,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             if self._runs_in_integers(node):
                 self.integer_nodes[node] = None
-            elif reason := _float_reason(node):
-                self.left_in_float[f"'{layer_of(node)}' ({_kind(node)})"] = reason
+            elif reason := self._float_reason(node):
+                self.left_in_float[f"'{layer_of(node)}' ({kind_of(node)})"] = reason
         for node in self.integer_nodes:
             self._annotate(node)
         for node in calls:
@@ -119,15 +129,17 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         A sum with a float operand, such as a transformer's residual stream, stays float: rounding it would cost
         quality and two conversions, and save nothing.
         """
+        if node.target in self.kernels.float_only or _is_grouped_transposed(node):
+            return False
         if node.target in WEIGHTED:
             return isinstance(node.args[0], Node) and isinstance(node.args[1], Node) and node.args[1].op == "get_attr"
         if node.target in PRODUCTS:
-            return all(_is_float_tensor(argument) for argument in node.args[:2])
+            return all(is_float_tensor(argument) for argument in node.args[:2])
         if node.target in ELEMENTWISE:
             operands = node.args[:2]
             if any(user.target in SOFTMAX for user in node.users):
                 return False  # scores with a mask added: its -1e4, or -inf, would leave them one step of a range
-            return all(map(_is_float_tensor, operands)) and all(
+            return all(map(is_float_tensor, operands)) and all(
                 self._is_integer(operand) or _is_broadcast(operand, node) for operand in operands
             )
         if node.target is aten.cat.default:
@@ -138,7 +150,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         """Whether the values of `node` come from an integer operator, or from outside of the graph."""
         while isinstance(node, Node) and node.target in MOVING | CLAMPING | NORMS:
             node = node.args[0]
-        return _is_float_tensor(node) and (node in self.integer_nodes or node.op == "placeholder")
+        return is_float_tensor(node) and (node in self.integer_nodes or node.op == "placeholder")
 
     def _annotate(self, node: Node) -> None:
         """Quantise the inputs, and the output where the next operator or the kernel wants integers.
@@ -148,13 +160,13 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         """
         inputs: dict[Any, Any] = {tensor: self._spec(tensor) for tensor in _tensors(node)}
         if node.target in WEIGHTED:
-            inputs[node.args[1]] = self.scheme.weight_spec
+            inputs[node.args[1]] = self.scheme.column_spec if node.target in TRANSPOSED else self.scheme.weight_spec
             bias = node.args[2] if len(node.args) > 2 else None
             if isinstance(bias, Node):
                 inputs[bias] = _bias_spec(node, node.args[0], node.args[1], self.scheme.per_channel)
         last = node
         for fused in (NORMS if node.target in CONVOLUTIONS else set(), CLAMPING):
-            if (user := _only_user(last)) is not None and user.target in fused:
+            if (user := only_user(last)) is not None and user.target in fused:
                 last = user
         can_write_float = node.target is aten.linear.default or node.target in PRODUCTS
         writes_float = can_write_float and not any(map(self._reads_integers, last.users))
@@ -170,6 +182,14 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
             return any(map(self._reads_integers, node.users))
         return node in self.integer_nodes
 
+    def _float_reason(self, node: Node) -> str:
+        """Why `node`, which has weights or is a product, cannot run in integers; empty for other operators."""
+        if node.target in self.kernels.float_only:
+            return f"{self.kernels.engine} {self.kernels.float_only[node.target]}"
+        if _is_grouped_transposed(node):
+            return f"{self.kernels.engine} has transposed convolutions in int8 only without groups"
+        return "its weight is computed while the model runs, and so not known before" if node.target in WEIGHTED else ""
+
     def _moving(self, node: Node) -> None:
         if not any(user.op == "output" for user in node.users):
             source = node.args[0]
@@ -180,185 +200,6 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]
         while node.target in MOVING:
             node = node.args[0]
         return self.scheme.clamped_spec if node.target in CLAMPING else self.scheme.activation_spec
-
-
-def make_ready(graph: GraphModule) -> None:
-    """Write `graph` in the operators that the runtime has integer kernels for; it computes the same."""
-    split_products(graph)
-    give_own_biases(graph)
-    flatten_linears(graph)
-    graph.graph.lint()
-    graph.recompile()
-
-
-def split_products(graph: GraphModule) -> None:
-    """A scaled product with something added to it becomes a product, and a sum in float."""
-    for node in list(graph.graph.nodes):
-        if node.target is not aten.baddbmm.default:
-            continue
-        added, left, right = node.args
-        with graph.graph.inserting_before(node):
-            found = graph.graph.call_function(aten.bmm.default, (left, right))
-            found.meta = dict(node.meta)
-            for name, value in (("alpha", found), ("beta", added)):
-                if (factor := node.kwargs.get(name, 1)) != 1:
-                    scaled = graph.graph.call_function(aten.mul.Tensor, (value, factor))
-                    scaled.meta = dict(value.meta)
-                    found, added = (scaled, added) if name == "alpha" else (found, scaled)
-            total = graph.graph.call_function(aten.add.Tensor, (found, added))
-        total.meta = dict(node.meta)
-        node.replace_all_uses_with(total)
-        graph.graph.erase_node(node)
-
-
-def give_own_biases(graph: GraphModule) -> None:
-    """A layer that is used twice reads its bias from two nodes.
-
-    A bias has the scale of the products that it is added to, and so one for each input that the layer is given. ONNX
-    Runtime leaves a convolution whose bias has another scale in float, and computes a wrong Gemm.
-    """
-    for node in list(graph.graph.nodes):
-        bias = node.args[2] if node.target in WEIGHTED and len(node.args) > 2 else None
-        if isinstance(bias, Node) and bias.op == "get_attr" and len(bias.users) > 1:
-            with graph.graph.inserting_before(node):
-                own = graph.graph.get_attr(str(bias.target))
-            own.meta = dict(bias.meta)
-            node.update_arg(2, own)
-
-
-def flatten_linears(graph: GraphModule) -> None:
-    """Let linear layers read matrices, and what works on single rows or values go on with theirs.
-
-    ONNX Runtime then runs them as QGemm, which adds the bias in int32; a product of a higher rank becomes
-    MatMulIntegerToFloat and a second operator that adds the bias.
-    """
-    flat: dict[Node, Node] = {}
-
-    def matrix(source: Node) -> Node:
-        if source not in flat:
-            with graph.graph.inserting_after(source):
-                flat[source] = _reshape(graph, source, [-1, source.meta["val"].shape[-1]])
-        return flat[source]
-
-    rewritten = []
-    for node in list(graph.graph.nodes):
-        is_linear = node.target is aten.linear.default and node.meta["val"].dim() > 2
-        if not is_linear and not (_is_by_row(node) and any(operand in flat for operand in node.args[:2])):
-            continue
-        count = 1 if is_linear else 2
-        arguments = [matrix(a) if i < count and _is_float_tensor(a) else a for i, a in enumerate(node.args)]
-        with graph.graph.inserting_after(node):
-            flat[node] = graph.graph.call_function(node.target, tuple(arguments), dict(node.kwargs))
-        flat[node].meta = {**node.meta, "val": node.meta["val"].reshape(-1, node.meta["val"].shape[-1])}
-        rewritten.append(node)
-    for node in reversed(rewritten):
-        if node.users:
-            shape = [size if isinstance(size, int) else -1 for size in node.meta["val"].shape]
-            with graph.graph.inserting_after(flat[node]):
-                node.replace_all_uses_with(_reshape(graph, flat[node], shape))
-        graph.graph.erase_node(node)
-
-
-def _is_by_row(node: Node) -> bool:
-    """Whether `node` computes each row, or each value, of its float operands by itself; they are of one shape."""
-    operands = [operand for operand in node.args[:2] if _is_float_tensor(operand)]
-    if node.target is aten.layer_norm.default:
-        sizes: Any = node.args[1]
-        return len(sizes) == 1
-    if node.target not in BY_VALUE or any(isinstance(operand, Node) for operand in node.args[len(operands) :]):
-        return False
-    shape = node.meta["val"].shape
-    return len(shape) > 2 and all(operand.meta["val"].shape == shape for operand in operands)  # type: ignore[union-attr]
-
-
-def _reshape(graph: GraphModule, source: Node, shape: list[int]) -> Node:
-    reshaped = graph.graph.call_function(aten.reshape.default, (source, shape))
-    reshaped.meta = {**source.meta, "val": source.meta["val"].reshape(shape)}
-    return reshaped
-
-
-def look_up_integers(converted: GraphModule) -> int:
-    """Look rows up in int8 tables, and only then scale them; return how many tables there are.
-
-    PT2E converts the whole table to float at every call.
-    """
-    tables = 0
-    for node in list(converted.graph.nodes):
-        table = node.args[0] if node.target is aten.embedding.default else None
-        if table is None or "dequantize_per_channel" not in str(table.target):
-            continue
-        rows, scales, indices = table.args[0], table.args[1], node.args[1]
-        with converted.graph.inserting_before(node):
-            column = converted.graph.call_function(aten.unsqueeze.default, (scales, 1))
-            integers = converted.graph.call_function(aten.embedding.default, (rows, indices))
-            scale = converted.graph.call_function(aten.embedding.default, (column, indices))
-            floats = converted.graph.call_function(aten.to.dtype, (integers, torch.float32))
-            found = converted.graph.call_function(aten.mul.Tensor, (floats, scale))
-        found.meta = dict(node.meta)
-        node.replace_all_uses_with(found)
-        tables += 1
-    converted.graph.eliminate_dead_code()
-    converted.recompile()
-    return tables
-
-
-def keep_out_of_integers(converted: GraphModule) -> int:
-    """Let layers that were to stay float stay it in ONNX Runtime too; return how many needed help.
-
-    Between quantised tensors it rounds the weights of a float layer by itself, to one scale for the tensor
-    (`WeightBiasQuantization`), unless something but a relu or a clip reads the output. A leaky relu of slope 1 changes
-    no value, and is fused into the layer.
-    """
-    helped = 0
-    for node in list(converted.graph.nodes):
-        if node.target not in WEIGHTED | TRANSPOSED_CONVOLUTIONS:
-            continue
-        read, weight = node.args[:2]
-        if "dequantize" in str(weight.target) or "dequantize" not in str(read.target) or not _is_rounded(node):
-            continue
-        with converted.graph.inserting_after(node):
-            same = converted.graph.call_function(aten.leaky_relu.default, (node, 1.0))
-        same.meta = dict(node.meta)
-        node.replace_all_uses_with(same, delete_user_cb=lambda user, same=same: user is not same)
-        helped += 1
-    converted.recompile()
-    return helped
-
-
-def _is_rounded(node: Node) -> bool:
-    """Whether the output of `node`, behind relus that alone read it, is quantised."""
-    user = _only_user(node)
-    while user is not None and user.target in CLAMPING:
-        user = _only_user(user)
-    return user is not None and "quantize_per_tensor" in str(user.target)
-
-
-def make_room_for_biases(prepared: GraphModule) -> int:
-    """Widen the weight ranges of calibrated observers where a bias would not fit; return how many channels that took.
-
-    A bias is stored in int32 in steps of (activation scale · weight scale). Where a channel's weights are next to zero
-    that step is so small that int32 would clip the bias, and with it the channel's whole output.
-    """
-    widened = 0
-    for node in prepared.graph.nodes:
-        if node.target not in WEIGHTED or len(node.args) < 3:
-            continue
-        arguments: Any = node.args[:3]
-        activation, weight, bias = arguments
-        if bias is None or bias.op != "call_module" or bias.args[0].op != "get_attr":
-            continue  # one behind which a batch norm is trained is known once that is folded
-        activation_observer = held(prepared, activation)
-        weight_observer = held(prepared, weight)
-        weight_observer = getattr(weight_observer, "activation_post_process", weight_observer)  # of a fake quantiser
-        activation_scale, _ = activation_observer.calculate_qparams()
-        values = held(prepared, bias.args[0]).detach()
-        limit = values.abs() / (INT32_MAX / 2) / activation_scale * weight_observer.quant_max
-        low, high = weight_observer.min_val, weight_observer.max_val
-        limit = limit if high.dim() else limit.max()
-        widened += int((limit > torch.maximum(high, -low)).sum())
-        high.copy_(torch.maximum(high, limit))
-        low.copy_(torch.minimum(low, -limit))
-    return widened
 
 
 def layer_of(node: Node) -> str:
@@ -398,20 +239,17 @@ def _bias_spec(node: Node, activation: Any, weight: Any, per_channel: bool) -> D
     )
 
 
-def _float_reason(node: Node) -> str:
-    """Why `node`, which has weights or is a product, cannot run in integers; empty for other operators."""
-    if node.target in WEIGHTED:
-        return "its weight is computed while the model runs, and so not known before"
-    return next((reason for target, reason in FLOAT_ONLY.items() if target is node.target), "")
-
-
-def _kind(node: Node) -> str:
+def kind_of(node: Node) -> str:
     """The operator of `node` as torch names it."""
     return str(node.target).split(".")[1]
 
 
 def _set(node: Node, inputs: dict[Any, Any], output: Any) -> None:
     node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=output, _annotated=True)
+
+
+def _is_grouped_transposed(node: Node) -> bool:
+    return node.target in TRANSPOSED and node.args[GROUPS : GROUPS + 1] not in ((), (1,))
 
 
 def _tensors(node: Node) -> list[Any]:
@@ -436,12 +274,12 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, torch.nn.Parameter) and value.dim() == 2 and value.numel() >= SMALLEST_TABLE
 
 
-def _only_user(node: Node) -> Node | None:
+def only_user(node: Node) -> Node | None:
     users = list(node.users)
     return users[0] if len(users) == 1 else None
 
 
-def _is_float_tensor(value: Any) -> bool:
+def is_float_tensor(value: Any) -> bool:
     fake = value.meta.get("val") if isinstance(value, Node) else None
     return isinstance(fake, torch.Tensor) and fake.is_floating_point()
 

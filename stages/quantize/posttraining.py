@@ -20,21 +20,15 @@ from optpipe.task import call, tensors_in
 with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from .placement import (
-        OnnxRuntimeQuantizer,
-        held,
-        keep_out_of_integers,
-        layer_of,
-        layers,
-        look_up_integers,
-        make_ready,
-        make_room_for_biases,
-    )
+    from .engines import quantizer_for
+    from .integers import keep_out_of_integers, look_up_integers, make_ready, make_room_for_biases
+    from .placement import IntegerQuantizer, held, layer_of, layers
     from .scheme import Scheme, scheme
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from .engines import Annotator
     from .static import Static
 
 
@@ -44,6 +38,7 @@ def scheme_of(settings: Static, ctx: Context) -> Scheme:
     return scheme(
         ctx.target,
         settings.signedness.value,
+        settings.placement,
         observer=settings.observer.value,
         observer_settings=extra,
         symmetric=settings.activations.value == "symmetric",
@@ -53,15 +48,16 @@ def scheme_of(settings: Static, ctx: Context) -> Scheme:
 
 def prepare(
     model: nn.Module, settings: Static, ctx: Context, keep: Iterable[str] = ()
-) -> tuple[GraphModule, OnnxRuntimeQuantizer]:
+) -> tuple[GraphModule, Annotator]:
     """`model` as a graph with an observer at every tensor that will be quantised; `keep` names more float layers.
 
     Raises StageError if a pattern of `settings.keep` matches no layer, or nothing could run in integers.
     """
     graph = trace(model, ctx.task).module(check_guards=False)
     kept = {*matching(layers(graph), settings.keep, "keep", "layer"), *keep}
-    make_ready(graph)
-    quantizer = OnnxRuntimeQuantizer(scheme_of(settings, ctx), kept)
+    quantizer = quantizer_for(settings.placement, ctx, scheme_of(settings, ctx), kept)
+    if isinstance(quantizer, IntegerQuantizer):
+        make_ready(graph)
     prepared = prepare_pt2e(graph, quantizer)
     if not quantizer.compute_layers:
         raise StageError(
@@ -72,7 +68,7 @@ def prepare(
     return prepared, quantizer
 
 
-def calibrate(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context, limit: int = 0) -> None:
+def calibrate(prepared: GraphModule, quantizer: Annotator, ctx: Context, limit: int = 0) -> None:
     """Let the observers see at most `limit` batches of calibration data, all of them if it is 0.
 
     Raises StageError if there is no batch, or a value on the way is NaN or infinite, or always the same: then an
@@ -109,10 +105,11 @@ def copied(prepared: GraphModule) -> GraphModule:
         return copy.deepcopy(prepared)
 
 
-def convert(prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> nn.Module:
+def convert(prepared: GraphModule, quantizer: Annotator, ctx: Context) -> nn.Module:
     """The calibrated graph with quantise operators in place of its observers."""
     converted = convert_pt2e(prepared)
-    keep_out_of_integers(converted)
+    if isinstance(quantizer, IntegerQuantizer) and quantizer.kernels.rounds_float:
+        keep_out_of_integers(converted)
     if tables := look_up_integers(converted):
         ctx.note(f"{tables} embedding tables in int8, a scale for each row")
     for name, reason in quantizer.left_in_float.items():

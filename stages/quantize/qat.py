@@ -12,6 +12,7 @@ from optpipe.context import Context
 from optpipe.registry import register
 from optpipe.schedule import Schedule
 
+from .engines import Placement, problems
 from .static import Granularity, Signedness
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from optpipe.checkpoint import Checkpoint
+    from optpipe.target import Target
 
 
 @register("quantize/qat", takes="torch", gives="torch", requires=("torchao", "lightning_fabric"))
@@ -39,6 +41,7 @@ class Qat(Schedule):
     freeze_after: int = 0  # epoch after which ranges and batch norm's statistics stay; 0 takes two thirds of them all
     weights: Granularity = Granularity.per_channel
     signedness: Signedness = Signedness.auto
+    placement: Placement = Placement.auto  # as of quantize/static
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay float
     checkpoint: str | None = None  # folder of the state to go on from, and to keep; the step's own without one
 
@@ -55,6 +58,10 @@ class Qat(Schedule):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
         if self.freeze_after < 0:
             raise ValueError(f"freeze_after is {self.freeze_after}; it must not be negative")
+
+    def problems(self, target: Target) -> list[str]:
+        per_channel = self.weights is Granularity.per_channel
+        return problems(self.placement, target, signedness=self.signedness.value, per_channel=per_channel)
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
@@ -95,7 +102,7 @@ class Qat(Schedule):
         from optpipe.checkpoint import Checkpoint, data_of
         from optpipe.forms.torch import content_hash
 
-        own = ("held_out", "alpha", "temperature", "freeze_after", "weights", "signedness", "keep")
+        own = ("held_out", "alpha", "temperature", "freeze_after", "weights", "signedness", "placement", "keep")
         of = {name: str(getattr(self, name)) for name in own}
         of |= {"method": "qat", "data": data_of(ctx.task), "teacher": content_hash(ctx.baseline), "seed": str(ctx.seed)}
         return Checkpoint(folder=Path(self.checkpoint) if self.checkpoint else ctx.dir, of=of)

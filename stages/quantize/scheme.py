@@ -16,8 +16,9 @@ from torchao.quantization.pt2e import (
 )
 from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
-from optpipe.target import InstructionSet, Target
+from optpipe.target import Target
 
+from .engines import Placement, is_signed
 from .observers import OBSERVERS
 
 EPS = 2.0**-24  # smallest scale: torchao's default, 2^-12, is coarse for weights near zero
@@ -52,25 +53,35 @@ class Scheme:
 
     @cached_property
     def weight_spec(self) -> QuantizationSpec:
-        limit = 2 ** (self.weight_bits - 1) - 1
-        return self._row_spec(limit) if self.per_channel else self._tensor_spec(limit)
+        return self._channel_spec(self._limit) if self.per_channel else self.tensor_spec
+
+    @cached_property
+    def column_spec(self) -> QuantizationSpec:
+        """Of a transposed convolution's weight, whose output channels are in dimension 1."""
+        return self._channel_spec(self._limit, axis=1) if self.per_channel else self.tensor_spec
 
     @cached_property
     def row_spec(self) -> QuantizationSpec:
         """Of an embedding, whose rows are looked up and not multiplied: all 8 bits, a scale for each."""
-        return self._row_spec(127)
+        return self._channel_spec(127)
 
-    def _row_spec(self, limit: int) -> QuantizationSpec:
+    @property
+    def _limit(self) -> int:
+        return int(2 ** (self.weight_bits - 1) - 1)
+
+    @property
+    def _now(self) -> dict[str, Any]:
+        """What makes a moving average take weights as they are at this step."""
+        return {"averaging_constant": 1.0} if self.training else {}
+
+    def _channel_spec(self, limit: int, axis: int = 0) -> QuantizationSpec:
         observer = MovingAveragePerChannelMinMaxObserver if self.training else PerChannelMinMaxObserver
-        now: dict[str, Any] = (
-            {"averaging_constant": 1.0} if self.training else {}
-        )  # the weights as they are at this step
-        return self._spec(torch.int8, -limit, limit, torch.per_channel_symmetric, observer, 0, **now)
+        return self._spec(torch.int8, -limit, limit, torch.per_channel_symmetric, observer, axis, **self._now)
 
-    def _tensor_spec(self, limit: int) -> QuantizationSpec:
+    @cached_property
+    def tensor_spec(self) -> QuantizationSpec:
         observer = MovingAverageMinMaxObserver if self.training else MinMaxObserver
-        now: dict[str, Any] = {"averaging_constant": 1.0} if self.training else {}
-        return self._spec(torch.int8, -limit, limit, torch.per_tensor_symmetric, observer, **now)
+        return self._spec(torch.int8, -self._limit, self._limit, torch.per_tensor_symmetric, observer, **self._now)
 
     def _spec(
         self, dtype: torch.dtype, low: int, high: int, scheme: torch.qscheme, observer: Any, axis: int | None = None,
@@ -86,18 +97,13 @@ class Scheme:
         )
 
 
-def scheme(target: Target, signedness: str = "auto", **settings: Any) -> Scheme:
-    """The types to use on `target`; signedness "auto" takes what its instruction set multiplies fastest.
-
-    x86 multiplies unsigned by signed bytes. Signed by signed is for Arm: on x86 ONNX Runtime leaves a signed
-    convolution with relu in float.
-    """
-    instructions = target.int8_instructions()
-    signed = instructions in (InstructionSet.neon, InstructionSet.neon_dotprod)
-    name = signedness if signedness != "auto" else "s8s8" if signed else "u8s8"
+def scheme(target: Target, signedness: str = "auto", placement: Placement = Placement.auto, **settings: Any) -> Scheme:
+    """The types to use on `target`; signedness "auto" takes what the engine multiplies fastest there."""
+    engine, instructions = placement.for_target(target), target.int8_instructions()
+    name = signedness if signedness != "auto" else "s8s8" if is_signed(engine, target) else "u8s8"
     weight_bits = target.weight_bits if name == "u8s8" else 8
-    reason = f"{'chosen for' if signedness == 'auto' else 'asked for; the target has'} {instructions.value}"
+    chosen = f"chosen for {'XNNPACK' if engine is Placement.xnnpack else instructions.value}"
+    reason = chosen if signedness == "auto" else f"asked for; the target has {instructions.value}"
     if weight_bits < 8:
         reason += ", weights in 7 bits because it has no int8 dot product"
-    dtype = torch.int8 if name == "s8s8" else torch.uint8
-    return Scheme(name, reason, dtype, weight_bits, **settings)
+    return Scheme(name, reason, torch.int8 if name == "s8s8" else torch.uint8, weight_bits, **settings)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,12 @@ from optpipe.predictions import Predictions
 from optpipe.report.schema import Table
 from optpipe.task import call, tensors_in
 
-from .placement import OnnxRuntimeQuantizer, held, layer_of
+from .placement import held, layer_of
 
 OUTLIER = 6.0  # standard deviations from the mean
+if TYPE_CHECKING:
+    from .engines import Annotator
+
 ALONE, ACCUMULATED = "SQNR alone, dB", "SQNR accumulated, dB"
 NOTHING = 1e-30  # powers below are none
 
@@ -67,7 +70,7 @@ class Sensitivity:
     prepared: changed; what it is converted from must be a copy.
     """
 
-    def __init__(self, prepared: GraphModule, quantizer: OnnxRuntimeQuantizer, ctx: Context) -> None:
+    def __init__(self, prepared: GraphModule, quantizer: Annotator, ctx: Context) -> None:
         self.ctx, self.graph = ctx, prepared
         self.roundings: dict[str, list[Rounding]] = defaultdict(list)
         self.nodes: dict[str, Node] = {}  # the last operator of each layer

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 from optpipe.context import Context
 from optpipe.registry import register
 
+from .engines import Placement, problems
+
 if TYPE_CHECKING:
     from torch import nn
+
+    from optpipe.target import Target
 
 
 class Observer(Enum):
@@ -58,6 +62,7 @@ class Static:
     weights: Granularity = Granularity.per_channel
     activations: Symmetry = Symmetry.affine
     signedness: Signedness = Signedness.auto
+    placement: Placement = Placement.auto  # whose integer operators: the target runtime's, or another engine's
     keep: list[str] = field(default_factory=list)  # layer name patterns that stay float
     calibration_batches: int = 0  # at most; 0 takes all of the task's calibration split
     sensitivity: bool = False  # whether the report shows what each layer costs; takes one validation run for each
@@ -67,6 +72,10 @@ class Static:
             raise ValueError(f"calibration_batches is {self.calibration_batches}; it must not be negative")
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
+
+    def problems(self, target: Target) -> list[str]:
+        per_channel = self.weights is Granularity.per_channel
+        return problems(self.placement, target, signedness=self.signedness.value, per_channel=per_channel)
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         from .posttraining import calibrate, convert, copied, prepare
