@@ -70,6 +70,8 @@ QAT: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 2, "learning_rate": 1e-4},
     "docstrings": {"epochs": 2, "learning_rate": 5e-5},
 }
+# of optpipe, that decide what becomes of a model
+MODULES = ("lower", "rewrite", "operators", "training", "held_out", "average", "schedule", "imitation")
 SIMULATED = "simulated"  # options whose size is one that no runtime has
 
 
@@ -92,6 +94,7 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
     made_by: str = ""  # settings of the stages, code and versions
+    measured_on: str = ""  # processor, instruction set and versions
     ratio: float = 0.0  # time of the unoptimised export / time of this; 0 where it was not timed
     ratio_ci95: tuple[float, float] = (0.0, 0.0)
     p50_ms: float = 0.0
@@ -167,7 +170,7 @@ def main() -> int:
         for seed in asked.seeds:
             for task in tasks:
                 run(task, seed, asked.only, timed=not asked.skip_timing)
-    text = "\n\n".join([where(), *(tables(task, asked.seeds) for task in tasks)])
+    text = "\n\n".join([where(tasks, asked.seeds), *(tables(task, asked.seeds) for task in tasks)])
     print(text)
     if asked.output:
         asked.output.write_text(text + "\n")
@@ -202,7 +205,7 @@ def compress(
     option: Option, baseline: nn.Module, task: Task, folder: Path, seed: int, measurer: Measurer
 ) -> tuple[Result, Predictions | None]:
     """Take `baseline` through the stages of `option` and export the result to `folder`."""
-    result, model = Result(made_by=made_by(option)), copy.deepcopy(baseline)
+    result, model = Result(made_by=made_by(option), measured_on=this_machine()), copy.deepcopy(baseline)
     try:
         for stage, settings in option.stages:
             torch.manual_seed(seed)
@@ -249,7 +252,7 @@ def made_by(option: Option) -> str:
     """What a result of this option depends on, beside the network and its data: stages, their code, versions."""
     packages = {stage.partition("/")[0] for stage, _ in option.stages}
     sources = [path for package in packages for path in sorted(Path("stages").glob(f"{package}*/**/*.py"))]
-    sources += [Path("optpipe") / f"{name}.py" for name in ("lower", "rewrite", "operators", "training", "imitation")]
+    sources += [Path("optpipe") / f"{name}.py" for name in MODULES]
     digest = hashlib.sha256(repr((option.stages, environment()["versions"])).encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -300,10 +303,16 @@ def read(folder: Path) -> Result:
 # Tables.
 
 
-def where() -> str:
+def this_machine() -> str:
     machine = environment()
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     return f"{machine['cpu']} ({TARGET.int8_instructions().value}), {TARGET.threads} thread; {versions}."
+
+
+def where(tasks: list[str], seeds: list[int]) -> str:
+    """Where the results of the tables were measured, each place once."""
+    every = [result for task in tasks for option in options(task) for result in finished(task, seeds, option).values()]
+    return "\n".join(dict.fromkeys(result.measured_on for result in every))
 
 
 def tables(task: str, seeds: list[int]) -> str:
