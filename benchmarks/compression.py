@@ -71,7 +71,7 @@ QAT: dict[str, dict[str, Any]] = {
     "docstrings": {"epochs": 2, "learning_rate": 5e-5},
 }
 # of optpipe, that decide what becomes of a model
-MODULES = ("lower", "rewrite", "operators", "training", "held_out", "average", "schedule", "imitation")
+MODULES = ("target", "lower", "rewrite", "operators", "training", "held_out", "average", "schedule", "imitation")
 SIMULATED = "simulated"  # options whose size is one that no runtime has
 
 
@@ -244,6 +244,7 @@ def time(name: str, seed: int, chosen: list[Option], task: Task, bench: Bench) -
             continue
         ratio = comparison.ratio(0, 1)
         result.ratio, result.ratio_ci95 = ratio.value, ratio.ci95
+        result.measured_on = this_machine()
         result.p50_ms = float(np.median(comparison.milliseconds(0)))
         write(folder, result)
 

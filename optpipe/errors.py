@@ -38,7 +38,8 @@ def reason(error: BaseException) -> str:
 
 def named_reason(error: BaseException) -> str:
     """The same behind the kind of error that it is."""
-    return f"{type(error).__name__}: {reason(error)}"
+    kind, said = type(error).__name__, reason(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

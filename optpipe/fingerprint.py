@@ -13,10 +13,11 @@ from optpipe.machine import INSTRUCTION_SETS, cpu, cpu_quota, usable_cores
 
 REPORTED_PACKAGES = (
     "optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy", "lightning-fabric",
+    "openvino", "executorch",
 )  # fmt: skip
 NEEDED = ("cpu", "isa", "cores")
 COMPARED = ("governor", "cpu_quota")
-COMPARED_PACKAGES = ("torch", "onnxruntime", "numpy")
+COMPARED_PACKAGES = ("torch", "onnxruntime", "openvino", "numpy")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 BOOST = (Path("/sys/devices/system/cpu/cpufreq/boost"), Path("/sys/devices/system/cpu/intel_pstate/no_turbo"))
 CONTAINER_MARKS = (Path("/.dockerenv"), Path("/run/.containerenv"))

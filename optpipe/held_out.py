@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """A judge for `fit`: minus the mean loss on training data that is not trained on."""
+    """A judge for `fit`: minus the mean loss on training data that is not trained on.
+
+    Raises StageError if that is no number.
+    """
 
     batches: Batches
     loss: Loss
@@ -34,6 +38,11 @@ class HeldOutLoss:
             inputs, target = move_data_to_device(batch, device)
             total += float(self.loss(inputs, call(model, inputs), target)) * size_of(inputs)
             samples += size_of(inputs)
+        if not math.isfinite(total):
+            raise StageError(
+                "the loss on held-out training data is NaN or infinite; lower learning_rate, set clip_norm, or look at "
+                "the model that came into this step"
+            )
         return -total / max(1, samples)
 
 
@@ -48,7 +57,7 @@ def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batche
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
         held = max(1, round(len(order) * share))
         shuffle = isinstance(batches.sampler, torch.utils.data.RandomSampler)
-        return _part(batches, order[held:], shuffle), _part(batches, order[:held], False)
+        return _part(batches, order[held:], shuffle, batches.drop_last), _part(batches, order[:held], False, False)
     count = sum(1 for _ in batches)
     if count < 2:
         raise StageError(
@@ -60,24 +69,29 @@ def hold_out(batches: Batches, share: float, seed: int) -> tuple[Batches, Batche
 
 def _is_split_by_samples(batches: Batches) -> TypeGuard[DataLoader[Any]]:
     """Whether samples can be drawn anew: not where a sampler of the user's own decides which ones and how often."""
-    samplers = torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler
     return (
         isinstance(batches, DataLoader)
         and hasattr(batches.dataset, "__len__")
         and batches.batch_size is not None
         and type(batches.batch_sampler) is torch.utils.data.BatchSampler
-        and type(batches.sampler) in samplers
+        and _takes_each_once(batches.sampler, len(batches.dataset))
     )
 
 
-def _part(loader: DataLoader[Any], indices: list[int], shuffle: bool) -> DataLoader[Any]:
+def _takes_each_once(sampler: Any, count: int) -> bool:
+    if type(sampler) is torch.utils.data.RandomSampler:
+        return not sampler.replacement and sampler.num_samples == count
+    return type(sampler) is torch.utils.data.SequentialSampler
+
+
+def _part(loader: DataLoader[Any], indices: list[int], shuffle: bool, drop_last: bool) -> DataLoader[Any]:
     return DataLoader(
         Subset(loader.dataset, indices),
         batch_size=loader.batch_size,
         shuffle=shuffle,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
-        drop_last=loader.drop_last and shuffle,  # of what is judged, every sample counts
+        drop_last=drop_last,
         generator=loader.generator if shuffle else None,
         worker_init_fn=loader.worker_init_fn,
         pin_memory=loader.pin_memory,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 from optpipe.errors import StageError
 from optpipe.predictions import is_multilabel
 from optpipe.task import Inputs, Task, call, tensors_in
+
+if TYPE_CHECKING:
+    from optpipe.context import Context
 
 REMEDY = (
     "give a student whose outputs have the teacher's shapes, for example by student_args, or train it on the labels "
@@ -173,3 +177,13 @@ def _bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean KL(sigmoid(teacher) ‖ sigmoid(student)) of all logits."""
     cross_entropy = F.binary_cross_entropy_with_logits(student, teacher.sigmoid())
     return cross_entropy - F.binary_cross_entropy_with_logits(teacher, teacher.sigmoid())
+
+
+def teacher_of(ctx: Context) -> nn.Module:
+    """A copy of the baseline that is free to be moved."""
+    teacher = copy.deepcopy(ctx.baseline).eval().requires_grad_(False)
+    # convolutions alone; a third less time on a CPU
+    for weight in teacher.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return teacher

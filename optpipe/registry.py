@@ -122,7 +122,7 @@ def info_of(cls: type) -> StageInfo | None:
 def problems_of(stage: Stage, target: Target) -> list[str]:
     """Why `stage` cannot run for `target`, if it says so."""
     asked = getattr(stage, "problems", None)
-    return list(asked(target)) if asked else []
+    return list(asked(target)) if callable(asked) else []
 
 
 def stages() -> list[StageInfo]:

@@ -27,6 +27,8 @@ from optpipe.task import Batches, Inputs, call, size_of
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from optpipe.context import Context
+
 Loss = Callable[[Inputs, Any, Any], Tensor]  # of (inputs, outputs, target): the mean over the samples of a batch
 KEEPS_ZEROS = "keeps_zeros"  # attribute of a module: the names of its parameters whose zeros stay zero in training
 
@@ -55,6 +57,26 @@ class History:
     def scale_is_stable(self) -> bool:
         """Whether no step of the last epoch overflowed."""
         return not self.overflows[-1:] or self.overflows[-1] == 0
+
+    def tell(self, ctx: Context, checkpoint: str | None) -> None:
+        """Record the losses, and what became of a checkpoint and of fp16's loss scale.
+
+        checkpoint: the folder that was asked for.
+        """
+        ctx.record(epochs=len(self.losses), losses=self.losses)
+        if self.continued_after:
+            ctx.note(f"went on after epoch {self.continued_after}, from the checkpoint in {checkpoint or ctx.dir}")
+        elif checkpoint:
+            ctx.note(f"the training began anew: there was no state of one in {checkpoint}")
+        if self.scales:
+            ctx.record(
+                overflow_rate=self.overflow_rate, loss_scales=self.scales, loss_scale_stable=self.scale_is_stable
+            )
+            state = "stable" if self.scale_is_stable else "not stable yet: steps of the last epoch overflowed"
+            ctx.note(
+                f"fp16: {sum(self.overflows)} of {self.updates} steps overflowed and were left out; the loss scale "
+                f"went from {self.scales[0]:g} to {self.scales[-1]:g} and is {state}"
+            )
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from optpipe import StageError
 from optpipe.checkpoint import FILE, Checkpoint
@@ -320,3 +320,22 @@ def test_a_last_batch_that_was_to_be_dropped_is() -> None:
 def test_one_batch_cannot_be_held_out() -> None:
     with pytest.raises(StageError, match="the train split holds 1 batches; it must hold at least 2"):
         hold_out([(torch.randn(4, 3), torch.randn(4, 1))], 0.1, seed=1)
+
+
+def test_a_sampler_that_draws_more_than_once_is_left_alone() -> None:
+    data = TensorDataset(torch.arange(20), torch.zeros(20))
+    often = RandomSampler(data, replacement=True, num_samples=100)
+    train, held = hold_out(DataLoader(data, batch_size=10, sampler=often), 0.2, seed=1)
+    assert sum(len(inputs) for inputs, _ in train) == 80 and sum(len(inputs) for inputs, _ in held) == 20
+
+
+def test_what_is_trained_on_keeps_its_last_batch_out_if_asked() -> None:
+    data = TensorDataset(torch.arange(25), torch.zeros(25))
+    train, held = hold_out(DataLoader(data, batch_size=4, drop_last=True), 0.1, seed=1)
+    assert [len(inputs) for inputs, _ in train] == [4] * 5 and sum(len(inputs) for inputs, _ in held) == 2
+
+
+def test_a_held_out_loss_that_is_no_number_is_an_error() -> None:
+    held = HeldOutLoss([(torch.randn(4, 3), torch.randn(4, 1))], lambda inputs, outputs, target: outputs.mean() / 0)
+    with pytest.raises(StageError, match="loss on held-out training data is NaN or infinite; lower learning_rate"):
+        held(nn.Linear(3, 1))

@@ -230,7 +230,7 @@ class Measurer:
         if not self.settings.explain:
             return NotMeasured("measure.explain=false")
         if contender.runtime != "onnxruntime":
-            return NotMeasured(f"{contender.runtime} does not show the graph that it executes")
+            return NotMeasured(f"optpipe does not read the graph that {contender.runtime} executes")
         return roofline.roofline(self._inspected(contender.folder), roofline.peaks(contender.threads))
 
     def _energy(self, contender: Contender) -> float | NotMeasured:

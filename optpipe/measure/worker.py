@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,8 @@ class Timer:
             begins.append(time.perf_counter())
             mine += block(self._calls[inputs], seconds)
 
-        threads = [threading.Thread(target=work, args=(mine,)) for mine in times]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(work, times))  # raises what a thread raised
         return {
             "milliseconds": [ns / 1e6 for mine in times for ns in mine],
             "seconds": time.perf_counter() - min(begins),

@@ -14,6 +14,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from optpipe.errors import OptpipeError
 from optpipe.machine import usable_cores
 
 Runner = Callable[..., list[Any]]
@@ -37,7 +38,9 @@ def missing(name: str) -> bool:
 
 
 def runtime(name: str) -> Runtime:
-    """The engine called `name`."""
+    """The engine called `name`. Raises OptpipeError if it is not installed."""
+    if missing(name):
+        raise OptpipeError(f'{name} is not installed here; pip install "optpipe[{name}]"')
     module: Any = importlib.import_module(f"optpipe.runtimes.{name}")
     return module  # type: ignore[no-any-return]
 

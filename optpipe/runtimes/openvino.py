@@ -5,6 +5,7 @@ Where float stays float: a processor with 16-bit instructions would compute it i
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import openvino as ov
@@ -23,10 +24,13 @@ def runner(model: ExportedFile, threads: int) -> Runner:
         "NUM_STREAMS": 1,
     }
     compiled = ov.Core().compile_model(model.path, "CPU", settings)
-    request, names = compiled.create_infer_request(), [port.any_name for port in compiled.inputs]
+    names = [port.any_name for port in compiled.inputs]
+    own = threading.local()  # a request answers one call at a time
 
     def run(*args: Any, **kwargs: Any) -> list[Any]:
-        found = request.infer({**dict(zip(names, args, strict=False)), **kwargs}, share_inputs=True)
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found = own.request.infer({**dict(zip(names, args, strict=False)), **kwargs}, share_inputs=True)
         return list(found.values())
 
     return run

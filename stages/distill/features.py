@@ -46,10 +46,10 @@ class Features(Imitating):
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         from dataclasses import replace
 
-        from optpipe.imitation import imitation
+        from optpipe.imitation import imitation, teacher_of
 
         from .hints import HintedLoss, Watched, outputs_of_layers, projection
-        from .student import learn, student_of, teacher_of
+        from .student import learn, student_of
 
         student, teacher = student_of(model, self, ctx), teacher_of(ctx)
         seen, wanted = outputs_of_layers(student, ctx.task), outputs_of_layers(teacher, ctx.task)

@@ -28,9 +28,9 @@ class Logits(Imitating):
     """
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
-        from optpipe.imitation import imitation
+        from optpipe.imitation import imitation, teacher_of
 
-        from .student import learn, student_of, teacher_of
+        from .student import learn, student_of
 
         student = student_of(model, self, ctx)
         loss = imitation(teacher_of(ctx), ctx.task, alpha=self.alpha, temperature=self.temperature)

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
     from .borrowed import Borrowed
     from .placement import IntegerQuantizer
+    from .qat import Qat
     from .scheme import Scheme
+    from .static import Static
 
     Annotator: TypeAlias = IntegerQuantizer | Borrowed
 
@@ -49,26 +51,33 @@ def is_signed(placement: Placement, target: Target) -> bool:
     return placement is Placement.xnnpack or target.int8_instructions() in ARM
 
 
-def problems(placement: Placement, target: Target, *, signedness: str = "auto", per_channel: bool = True) -> list[str]:
-    """Why nothing can be quantised for this engine, in words that name the remedy; empty if it can."""
-    engine = placement.for_target(target)
-    asked = f"placement={engine.value}" if placement is engine else f"target.runtime={engine.value}"
+def unmet(settings: Static | Qat, target: Target) -> list[str]:
+    """Why nothing can be quantised for the engine that `settings` ask for, in words that name the remedy."""
+    engine, signedness = settings.placement.for_target(target), settings.signedness.value
+    asked = f"placement={engine.value}"
     found = []
     if engine is Placement.xnnpack and importlib.util.find_spec("executorch") is None:
         found.append(f'{asked} needs ExecuTorch, not installed here; pip install "optpipe[executorch]"')
     if engine is Placement.xnnpack and signedness == "u8s8":
         found.append(f"{asked} has signed activations only, but signedness is u8s8; leave it at auto")
+    if engine is Placement.inductor and signedness == "s8s8" and not is_signed(engine, target):
+        found.append(f"{asked} has unsigned activations only on x86, but signedness is s8s8; leave it at auto")
     if engine is Placement.inductor:
         import torch
 
-        if not per_channel:
+        if settings.weights.value != "per_channel":
             found.append(f"{asked} packs weights with a scale per channel only, but weights is per_tensor")
         if target.is_host and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             found.append(
-                f"{asked} multiplies int8 with oneDNN, which this build of PyTorch lacks; placements for what this "
-                "machine has are onnxruntime and openvino"
+                f"{asked} multiplies int8 with oneDNN, which this build of PyTorch lacks; what this machine has is "
+                f"placement={' or '.join(_installed())}"
             )
     return found
+
+
+def _installed() -> list[str]:
+    """Engines of our own placement that are installed here."""
+    return [name for name in ("onnxruntime", "openvino") if importlib.util.find_spec(name)]
 
 
 def quantizer_for(placement: Placement, ctx: Context, scheme: Scheme, keep: Iterable[str]) -> Annotator:
@@ -80,28 +89,31 @@ def quantizer_for(placement: Placement, ctx: Context, scheme: Scheme, keep: Iter
     if engine.value != ctx.target.runtime:
         ctx.note(f"placed for {engine.value}, but run in {ctx.target.runtime}, which may compute parts of it in float")
     if engine is Placement.inductor:
-        return Borrowed("Inductor", _inductor(scheme, ctx.target), scheme, keep)
+        return Borrowed("torchao's quantiser for Inductor", *_inductor(scheme, ctx.target), scheme, keep)
     if engine is Placement.xnnpack:
-        return Borrowed("XNNPACK", _xnnpack(scheme), scheme, keep)
+        return Borrowed("ExecuTorch's quantiser for XNNPACK", *_xnnpack(scheme), scheme, keep)
     return IntegerQuantizer(scheme, keep, OPENVINO if engine is Placement.openvino else ONNX_RUNTIME)
 
 
-def _inductor(scheme: Scheme, target: Target) -> Quantizer:
-    """torchao's own: Inductor replaces the very patterns that it annotates."""
+def _inductor(scheme: Scheme, target: Target) -> tuple[Quantizer, Any]:
+    """torchao's own, whose patterns Inductor replaces, and its kind of annotation."""
     with warnings.catch_warnings(action="ignore"):  # of what these modules import in their turn
-        from torchao.quantization.pt2e.quantizer.arm_inductor_quantizer import ArmInductorQuantizer
-        from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+        from torchao.quantization.pt2e.quantizer import arm_inductor_quantizer as arm
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    kind = ArmInductorQuantizer if target.int8_instructions() in ARM else X86InductorQuantizer
-    return kind().set_global(_config(scheme))
+    if target.int8_instructions() in ARM:
+        return arm.ArmInductorQuantizer().set_global(_config(scheme)), arm._ArmInductorQuantizationAnnotation
+    return x86.X86InductorQuantizer().set_global(_config(scheme)), x86._X86InductorQuantizationAnnotation
 
 
-def _xnnpack(scheme: Scheme) -> Quantizer:
-    """ExecuTorch's own: its partitioner delegates the very patterns that it annotates."""
+def _xnnpack(scheme: Scheme) -> tuple[Quantizer, Any]:
+    """ExecuTorch's own, whose patterns its partitioner delegates, and its kind of annotation."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
     with warnings.catch_warnings(action="ignore"):  # of what these modules import in their turn
         from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
 
-    return XNNPACKQuantizer().set_global(_config(scheme))
+    return XNNPACKQuantizer().set_global(_config(scheme)), QuantizationAnnotation
 
 
 def _config(scheme: Scheme) -> Any:

@@ -17,6 +17,7 @@ from .placement import (
     aten,
     held,
     is_float_tensor,
+    name_layers,
     only_user,
 )
 
@@ -29,6 +30,7 @@ BY_VALUE = {
 
 def make_ready(graph: GraphModule) -> None:
     """Write `graph` in the operators that the runtime has integer kernels for; it computes the same."""
+    name_layers(graph)
     split_products(graph)
     give_own_biases(graph)
     flatten_linears(graph)

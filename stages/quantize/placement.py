@@ -26,6 +26,7 @@ from .scheme import Scheme
 
 aten = torch.ops.aten
 INT32_MAX = 2**31 - 1
+LAYER = "optpipe_layer"  # in a node's meta data
 SMALLEST_TABLE = 1024  # values; int8 saves nothing worth an operator below
 
 CONVOLUTIONS = {
@@ -51,15 +52,15 @@ MOVING = {
 CLAMPING = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
 SOFTMAX = {aten.softmax.int, aten._softmax.default}
 NORMS = {aten.batch_norm.default}  # folded into the convolution that it reads alone
-# operators with weights, or of two activations, that both engines compute in float whatever their types
-RECURRENT = "has no recurrent operator with calibrated int8"
+# operators with weights, or of two activations, that ONNX Runtime computes in float whatever their types
+RECURRENT = "ONNX Runtime has no recurrent operator with calibrated int8"
 FLOAT_ONLY: dict[Any, str] = {
     aten.lstm.input: RECURRENT, aten.gru.input: RECURRENT, aten.rnn_tanh.input: RECURRENT,
     aten.rnn_relu.input: RECURRENT,
-    aten.scaled_dot_product_attention.default: "computes it as one operator, which it has in float only",
-    aten.einsum.default: "has no einsum in int8; write it as a matrix product or a linear layer",
-    aten.embedding_bag.padding_idx: "has no embedding bag in int8; use an embedding and a mean or a sum",
-    aten.bilinear.default: "has no bilinear layer in int8",
+    aten.scaled_dot_product_attention.default: "ONNX Runtime computes it as one operator, which it has in float only",
+    aten.einsum.default: "ONNX Runtime has no einsum in int8; write it as a matrix product or a linear layer",
+    aten.embedding_bag.padding_idx: "ONNX Runtime has no embedding bag in int8; use an embedding and a mean or a sum",
+    aten.bilinear.default: "ONNX Runtime has no bilinear layer in int8",
 }  # fmt: skip
 
 
@@ -67,17 +68,15 @@ FLOAT_ONLY: dict[Any, str] = {
 class Kernels:
     """What an engine computes in integers."""
 
-    engine: str
-    float_only: dict[Any, str]  # operators that it computes in float, and why
+    float_only: dict[Any, str]  # operators that stay in float, and why
     rounds_float: bool = False  # whether it rounds the weights of float layers between quantised tensors
 
 
 ONNX_RUNTIME = Kernels(
-    "ONNX Runtime",
-    {**FLOAT_ONLY, **dict.fromkeys(TRANSPOSED, "has no transposed convolution in int8")},
+    {**FLOAT_ONLY, **dict.fromkeys(TRANSPOSED, "ONNX Runtime has no transposed convolution in int8")},
     rounds_float=True,
 )
-OPENVINO = Kernels("OpenVINO", FLOAT_ONLY)
+OPENVINO = Kernels(dict.fromkeys(FLOAT_ONLY, "there is no placement for OpenVINO's int8 of it"))
 
 
 class IntegerQuantizer(Quantizer):  # type: ignore[misc]
@@ -165,7 +164,7 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]
             if isinstance(bias, Node):
                 inputs[bias] = _bias_spec(node, node.args[0], node.args[1], self.scheme.per_channel)
         last = node
-        for fused in (NORMS if node.target in CONVOLUTIONS else set(), CLAMPING):
+        for fused in (NORMS if node.target in CONVOLUTIONS | TRANSPOSED else set(), CLAMPING):
             if (user := only_user(last)) is not None and user.target in fused:
                 last = user
         can_write_float = node.target is aten.linear.default or node.target in PRODUCTS
@@ -185,9 +184,9 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]
     def _float_reason(self, node: Node) -> str:
         """Why `node`, which has weights or is a product, cannot run in integers; empty for other operators."""
         if node.target in self.kernels.float_only:
-            return f"{self.kernels.engine} {self.kernels.float_only[node.target]}"
+            return self.kernels.float_only[node.target]
         if _is_grouped_transposed(node):
-            return f"{self.kernels.engine} has transposed convolutions in int8 only without groups"
+            return "OpenVINO has transposed convolutions in int8 only without groups"
         return "its weight is computed while the model runs, and so not known before" if node.target in WEIGHTED else ""
 
     def _moving(self, node: Node) -> None:
@@ -203,9 +202,21 @@ class IntegerQuantizer(Quantizer):  # type: ignore[misc]
 
 
 def layer_of(node: Node) -> str:
-    """The name of the module that `node` belongs to, or the node's own outside of any."""
+    """The name of the module that `node` belongs to, or the node's own outside of any.
+
+    What is put in the place of a node has its name too (see `name_layers`).
+    """
+    if LAYER in node.meta:
+        return str(node.meta[LAYER])
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return (stack[-1][0] if stack else "") or node.name
+
+
+def name_layers(graph: GraphModule) -> None:
+    """Let every operator carry its layer's name, which goes with its meta data to what replaces it."""
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            node.meta[LAYER] = layer_of(node)
 
 
 def layers(graph: GraphModule) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from optpipe.context import Context
 from optpipe.errors import StageError
@@ -22,7 +22,7 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
 
     from .engines import quantizer_for
     from .integers import keep_out_of_integers, look_up_integers, make_ready, make_room_for_biases
-    from .placement import IntegerQuantizer, held, layer_of, layers
+    from .placement import CLAMPING, MOVING, NORMS, IntegerQuantizer, held, layer_of, layers
     from .scheme import Scheme, scheme
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ def calibrate(prepared: GraphModule, quantizer: Annotator, ctx: Context, limit: 
         raise StageError(
             f"calibration_batches is {limit}, but the calibration split holds {batches}; lower it, or 0 for all"
         )
-    constant = _constant_activations(prepared)
-    if constant:
-        ctx.note(
-            f"constant on all calibration data: {', '.join(constant)}; a channel or layer that never changes may be "
-            "dead, or the calibration data too uniform"
+    if constant := _constant_activations(prepared, quantizer):
+        touched = ", ".join(sorted({layer for layers in constant.values() for layer in layers}))
+        raise StageError(
+            f"constant on all calibration data: {', '.join(constant)}; it may be dead, or the data too uniform: look "
+            f"at both, or leave what touches it in float with keep=[{touched}]"
         )
     if widened := make_room_for_biases(prepared):
         ctx.note(f"{widened} channels with next to no weights got a coarser scale, so that their bias fits in int32")
@@ -155,9 +155,9 @@ def _first_not_finite(graph: GraphModule, inputs: Any) -> str | None:
     return found[0] if found else None
 
 
-def _constant_activations(prepared: GraphModule) -> list[str]:
-    """Layers whose activations had one value only throughout calibration."""
-    names = []
+def _constant_activations(prepared: GraphModule, quantizer: Annotator) -> dict[str, set[str]]:
+    """Activations that had one value only throughout calibration, and the layers that give or take each."""
+    integer, found = {node.name for node in quantizer.integer_nodes}, {}
     for node in prepared.graph.nodes:
         source = node.args[0] if node.op == "call_module" and "activation_post_process" in str(node.target) else None
         if source is None or source.op == "get_attr":
@@ -165,5 +165,14 @@ def _constant_activations(prepared: GraphModule) -> list[str]:
         observer = held(prepared, node)
         low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
         if low is not None and high is not None and low.numel() == 1 and float(low) == float(high):
-            names.append(f"'{layer_of(source)}' ({float(low):g})")
-    return names
+            touching = [_producer(source), *node.users]
+            layers = {layer_of(one) for one in touching if one.name in integer}
+            found[f"'{layer_of(source)}' ({float(low):g})"] = layers
+    return found
+
+
+def _producer(node: Node) -> Node:
+    """The operator whose values `node` gives, clamped, moved, normed or observed on the way."""
+    while node.op == "call_module" or node.target in CLAMPING | MOVING | NORMS:
+        node = node.all_input_nodes[0]
+    return node

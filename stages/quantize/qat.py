@@ -12,7 +12,7 @@ from optpipe.context import Context
 from optpipe.registry import register
 from optpipe.schedule import Schedule
 
-from .engines import Placement, problems
+from .engines import Placement, unmet
 from .static import Granularity, Signedness
 
 if TYPE_CHECKING:
@@ -60,14 +60,13 @@ class Qat(Schedule):
             raise ValueError(f"freeze_after is {self.freeze_after}; it must not be negative")
 
     def problems(self, target: Target) -> list[str]:
-        per_channel = self.weights is Granularity.per_channel
-        return problems(self.placement, target, signedness=self.signedness.value, per_channel=per_channel)
+        return unmet(self, target)
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
 
         from optpipe.held_out import HeldOutLoss, hold_out
-        from optpipe.imitation import imitation
+        from optpipe.imitation import imitation, teacher_of
         from optpipe.training import fit
 
         from .fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
@@ -76,7 +75,7 @@ class Qat(Schedule):
         prepared, quantizer = prepare_training(model, self, ctx)
         calibrate_rounded(prepared, quantizer, ctx)
         train, held = hold_out(ctx.task.train, self.held_out, ctx.seed)
-        loss = imitation(copy.deepcopy(ctx.baseline), ctx.task, alpha=self.alpha, temperature=self.temperature)
+        loss = imitation(teacher_of(ctx), ctx.task, alpha=self.alpha, temperature=self.temperature)
         untrained, held_out_loss = copy.deepcopy(prepared.state_dict()), HeldOutLoss(held, loss)
 
         def judge(rounded: nn.Module) -> float:
@@ -90,7 +89,8 @@ class Qat(Schedule):
             on_epoch=lambda epoch: freeze(prepared) if epoch > frozen else None, checkpoint=self._checkpoint(ctx),
         )  # fmt: skip
         best = self._best(prepared, untrained, before, history.scores)
-        ctx.record(epochs=len(history.losses), best_epoch=best, losses=history.losses, frozen_after=frozen)
+        ctx.record(best_epoch=best, frozen_after=frozen)
+        history.tell(ctx, self.checkpoint)
         kept = f"kept epoch {best} of {len(history.losses)}" if best else "no epoch was better than calibration alone"
         ctx.note(f"{kept}, by the loss on held-out training data")
         return convert(prepared, quantizer, ctx)

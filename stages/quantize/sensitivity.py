@@ -20,10 +20,10 @@ from optpipe.task import call, tensors_in
 
 from .placement import held, layer_of
 
-OUTLIER = 6.0  # standard deviations from the mean
 if TYPE_CHECKING:
     from .engines import Annotator
 
+OUTLIER = 6.0  # standard deviations from the mean
 ALONE, ACCUMULATED = "SQNR alone, dB", "SQNR accumulated, dB"
 NOTHING = 1e-30  # powers below are none
 

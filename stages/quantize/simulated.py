@@ -29,7 +29,7 @@ class Grouping(Enum):
     """Which weights share a scale."""
 
     tensor = "tensor"
-    channel = "channel"  # of the output
+    channel = "channel"  # of the output; of a transposed convolution, of the input
     group = "group"  # of `group_size` weights in a row of a channel
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from optpipe.context import Context
 from optpipe.registry import register
 
-from .engines import Placement, problems
+from .engines import Placement, unmet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,8 +74,7 @@ class Static:
             raise ValueError(f"percentile is {self.percentile}; it must be above 50 and at most 100")
 
     def problems(self, target: Target) -> list[str]:
-        per_channel = self.weights is Granularity.per_channel
-        return problems(self.placement, target, signedness=self.signedness.value, per_channel=per_channel)
+        return unmet(self, target)
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         from .posttraining import calibrate, convert, copied, prepare

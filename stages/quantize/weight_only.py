@@ -34,7 +34,8 @@ class Unpack(Enum):
 @dataclass(kw_only=True)
 class WeightOnly:
     """Weights symmetric, in 8 or 4 bits, with a scale per output channel or group of inputs (Dettmers & Zettlemoyer
-    2023, §2.2); below 8 bits the scale is that of the least squared error (Nagel et al. 2021, §3.1).
+    2023, §2.2); below 8 bits the scale is that of the least squared error (Nagel et al. 2021, §3.1). Of a transposed
+    convolution the channels are those of its input.
     """
 
     bits: int = 8

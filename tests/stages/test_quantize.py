@@ -298,13 +298,35 @@ def test_no_more_calibration_data_is_read_than_asked_for(model, context) -> None
     assert ctx.facts["calibration_batches"] == 2
 
 
-def test_constant_activations_are_named(context, task) -> None:
+def test_constant_activations_are_refused_with_what_to_keep(context, task) -> None:
     model = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)).eval()
     model[2].bias.data.fill_(-100.0)  # dead behind the relu
+    with pytest.raises(StageError, match=r"constant on all calibration data: '3' \(0\).*keep=\[2, 5\]"):
+        Static().run(model, context(model))
     ctx = context(model)
-    quantised = Static().run(model, ctx)
-    assert any(note.startswith("constant on all calibration data: '3' (0)") for note in ctx.notes)
-    assert quantised(task.example_inputs).isfinite().all()
+    Static(keep=["2", "5"]).run(model, ctx)
+    assert ctx.facts["compute_operators"] == 1
+
+
+class Root(nn.Module):
+    """A product that is no module's: its layer has the operator's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, image):
+        return self.head(nn.functional.linear(image.mean(1), self.weight).flatten(1))
+
+
+def test_a_product_of_the_model_itself_can_be_kept(context) -> None:
+    torch.manual_seed(0)
+    model = Root().eval()
+    ctx = context(model)
+    quantised = Static(keep=["linear"]).run(model, ctx)
+    assert ctx.facts["float_layers"] == ["linear"] and ctx.facts["compute_operators"] == 1
+    assert torch.equal(quantised.weight, model.weight)  # in float
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import importlib.util
 import re
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from integers import error, export
+from networks import NETWORKS, example
 from torch import Tensor, nn
 
 from optpipe.errors import StageError
 from optpipe.forms import form
 from optpipe.lower import trace
-from optpipe.runtimes import evaluator
-from optpipe.stages.quantize.engines import Placement, problems
+from optpipe.runtimes import evaluator, runtime
+from optpipe.stages.quantize.engines import Placement
 from optpipe.stages.quantize.mixed import Mixed
 from optpipe.stages.quantize.qat import Qat
-from optpipe.stages.quantize.static import Signedness, Static
+from optpipe.stages.quantize.static import Granularity, Signedness, Static
 from optpipe.target import InstructionSet, Target
 
 
@@ -110,19 +115,25 @@ def test_xnnpack_takes_the_whole_network(model, context, task, tmp_path) -> None
 
 def test_what_an_engine_lacks_is_told_with_what_there_is(monkeypatch) -> None:
     target = Target()
-    assert problems(Placement.auto, target) == [] == problems(Placement.inductor, target)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert re.search(r"needs ExecuTorch.*pip install .*\[executorch\]", problems(Placement.xnnpack, target)[0])
-    (found,) = problems(Placement.inductor, target, per_channel=False)
+    assert Static().problems(target) == [] == Static(placement=Placement.inductor).problems(target)
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "executorch" else real(name))
+    assert re.search(
+        r"needs ExecuTorch.*pip install .*\[executorch\]", Static(placement=Placement.xnnpack).problems(target)[0]
+    )
+    (found,) = Static(placement=Placement.inductor, weights=Granularity.per_tensor).problems(target)
     assert found == "placement=inductor packs weights with a scale per channel only, but weights is per_tensor"
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
-    (found,) = problems(Placement.inductor, target)
-    assert "oneDNN, which this build of PyTorch lacks" in found and "onnxruntime and openvino" in found
+    (found,) = Qat(placement=Placement.inductor).problems(target)
+    assert "oneDNN, which this build of PyTorch lacks; what this machine has is placement=onnxruntime" in found
 
 
 def test_settings_and_engine_must_agree() -> None:
     stage = Static(placement=Placement.xnnpack, signedness=Signedness.u8s8)
     assert any("signed activations only, but signedness is u8s8" in found for found in stage.problems(Target()))
+    stage, x86 = Static(placement=Placement.inductor, signedness=Signedness.s8s8), InstructionSet.avx512_vnni
+    assert any("unsigned activations only on x86" in found for found in stage.problems(Target(instruction_set=x86)))
+    assert not stage.problems(Target(instruction_set=InstructionSet.neon_dotprod))
 
 
 @pytest.mark.parametrize("instructions", [InstructionSet.neon, InstructionSet.avx2])
@@ -146,12 +157,81 @@ def test_sensitivity_speaks_of_the_engines_own_placement(model, context) -> None
     assert {"stem.0", "conv", "shortcut.1", "head.3"} <= {row[0] for row in table.rows}
 
 
+@pytest.mark.parametrize("behind", [nn.Flatten(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(8)])
+def test_a_layer_that_is_kept_may_have_anything_behind_it(behind, context) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), behind, nn.Flatten(), nn.LazyLinear(4)).eval()
+    model(torch.randn(2, 3, 8, 8))
+    ctx = context(model)
+    Static(placement=Placement.inductor, keep=["0"]).run(model, ctx)
+    assert ctx.facts["float_layers"] == ["0"] and ctx.facts["compute_operators"] == 1
+
+
+class Reused(nn.Module):
+    """A block with one relu for two convolutions, as ResNets have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.relu(self.second(self.relu(self.first(image)))).mean((2, 3))
+
+
+def test_a_module_may_be_used_twice(context) -> None:
+    ctx = context(Reused())
+    Static(placement=Placement.inductor).run(Reused().eval(), ctx)
+    assert ctx.facts["compute_operators"] == 2
+
+
+def test_a_quantiser_that_fails_is_an_error_with_a_way_out(context) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(
+        StageError, match=r"torchao's quantiser for Inductor cannot place this model .*use quantize\.pl"
+    ):
+        Static(placement=Placement.inductor).run(model, context(model))
+
+
+def test_several_threads_may_call_openvino(model, task, tmp_path) -> None:
+    exported = export(model, task, tmp_path)
+    run = runtime("openvino").runner(exported, threads=1)
+    image = task.example_inputs.numpy()
+    with ThreadPoolExecutor(4) as threads:
+        outputs = list(threads.map(lambda _: run(image)[0], range(64)))
+    assert all((output == outputs[0]).all() for output in outputs)
+
+
 def test_what_an_engine_cannot_quantise_is_told(context, task) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 62, 4)).eval()
     ctx = context(model)
     Static(placement=Placement.inductor).run(model, ctx)
-    assert any(re.search(r"'1' \(conv1d\) stays in float: Inductor has no int8 for it", note) for note in ctx.notes)
+    said = r"'1' \(conv1d\) stays in float: torchao's quantiser for Inductor passes over it"
+    assert any(re.search(said, note) for note in ctx.notes)
     alone = nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 4, 64), nn.Flatten()).eval()
-    with pytest.raises(StageError, match=r"'1' \(conv1d\) has no int8: Inductor has no int8 for it"):
+    with pytest.raises(
+        StageError, match=r"'1' \(conv1d\) has no int8: torchao's quantiser for Inductor passes over it"
+    ):
         Static(placement=Placement.inductor).run(alone, context(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [Placement.openvino, Placement.inductor, Placement.xnnpack])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_is_placed_or_refused_with_a_reason(name, placement, context, task) -> None:
+    if placement is Placement.xnnpack:
+        pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    model, inputs = NETWORKS[name]().eval(), example(name)
+    batches = [(inputs, torch.zeros(len(inputs), dtype=torch.long))]
+    ctx = context(model)
+    splits = dict.fromkeys(("train", "validation", "calibration", "test"), batches)
+    ctx = dataclasses.replace(ctx, task=dataclasses.replace(task, **splits, example_inputs=inputs))
+    try:
+        quantised = Static(placement=placement).run(copy.deepcopy(model), ctx)
+    except StageError as refused:
+        expected = (
+            r"quantiser for (Inductor|XNNPACK) (cannot place|passes over)|constant on all calibration data.*keep="
+        )
+        assert re.search(expected, str(refused))
+    else:
+        assert error(quantised, model, ctx.task) < 0.2
