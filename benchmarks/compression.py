@@ -64,8 +64,8 @@ RECOVERY: dict[str, dict[str, Any]] = {
     "docstrings": {"epochs": 4, "learning_rate": 1e-3},
 }
 LONGER: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 8, "learning_rate": 3e-3},
-    "docstrings": {"epochs": 8, "learning_rate": 1e-3},
+    "digits": {"epochs": 16, "learning_rate": 3e-3},
+    "docstrings": {"epochs": 16, "learning_rate": 1e-3},
 }
 TUNING: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 3, "learning_rate": 1e-3},
@@ -111,7 +111,7 @@ def options(task: str) -> list[Option]:
     tuning = ("distill/logits", TUNING[task])
     keep_norm = ("simplify/standard", {"fold_batch_norm": False})
     channels = ("prune/channels", {"ratio": 0.5, "round_to": 16})
-    quarter = (("prune/channels", {"ratio": 0.25, "round_to": 16}), ("distill/logits", LONGER[task]))
+    quarter, longer = ("prune/channels", {"ratio": 0.25, "round_to": 16}), ("distill/logits", LONGER[task])
     static = ("quantize/static", {})
     found = [
         Option("fp32", (("simplify/standard", {}),), "none"),
@@ -155,8 +155,9 @@ def options(task: str) -> list[Option]:
         Option("low rank 50 % + distill", (("prune/low_rank", {"budget": 0.5}), tuning), "prune"),
         Option("channels 50 % + finetune", (keep_norm, channels, ("distill/finetune", RECOVERY[task])), "distill"),
         Option("channels 50 % + features", (keep_norm, channels, ("distill/features", RECOVERY[task])), "distill"),
-        Option("channels 25 % + distill + static", (keep_norm, *quarter, static), "stack"),
         Option("channels 50 % + distill + static", (keep_norm, channels, recovery, static), "stack"),
+        Option("channels 50 % + longer distill + static", (keep_norm, channels, longer, static), "stack"),
+        Option("channels 25 % + longer distill + static", (keep_norm, quarter, longer, static), "stack"),
         Option("channels 50 % + distill + qat", (keep_norm, channels, recovery, ("quantize/qat", QAT[task])), "stack"),
     ]  # fmt: skip
     return found
