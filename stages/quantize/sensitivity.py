@@ -206,8 +206,8 @@ def table(found: list[LayerSensitivity], unit: str) -> Table:
         columns=list(columns),
         rows=[list(row) for row in zip(*columns.values(), strict=True)],
         chart=[[ALONE, ACCUMULATED], *judged],
-        note="Each layer's inputs and weights rounded alone, the others exact; accumulated: all rounded; the input of an "
-        "embedding is its rows. Outliers are "
+        note="Each layer's inputs and weights rounded alone, the others exact; accumulated: all rounded; the input of "
+        "an embedding is its rows. Outliers are "
         f"further than {OUTLIER:g} standard deviations from the mean. Noise far above Δ²/12 is clipping, far below it "
         "are values that lie on the grid, such as zeros behind a relu.",
     )
