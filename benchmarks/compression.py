@@ -1,6 +1,6 @@
 """What does each way to compress cost in quality, and what does it gain in size and latency?
 
-    python benchmarks/compression.py                       # everything: about an hour on 2 cores
+    python benchmarks/compression.py                       # everything: about 80 minutes on 2 cores
     python benchmarks/compression.py --task docstrings --seeds 0 --only static dynamic
     python benchmarks/compression.py --table               # the tables of what was run before, at once
 
