@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from optpipe import registry
 from optpipe.budget import Budget, Policy
 from optpipe.errors import OptpipeError, did_you_mean
 from optpipe.measure.settings import Measure
@@ -121,7 +122,11 @@ def _after(step: Step, form: str, before: str, problems: list[str]) -> str:
     """The form after `step`; a problem is added if it cannot take what it is given."""
     if form not in step.info.takes:
         taken = " or ".join(SPOKEN.get(name, name) for name in step.info.takes)
-        remedy = f"; move '{step.key}' before it" if before.startswith("step") else ""
+        bridges = [info.name for info in registry.stages() if form in info.takes and info.gives in step.info.takes]
+        if bridges:
+            remedy = f"; put a step between them that makes one, such as {bridges[0]}"
+        else:
+            remedy = f"; move '{step.key}' before it" if before.startswith("step") else ""
         problems.append(f"step '{step.key}' takes {taken}, but {before} gives {SPOKEN.get(form, form)}{remedy}")
     return form if step.info.gives == "same" else step.info.gives
 

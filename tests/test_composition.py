@@ -69,6 +69,13 @@ def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> N
             [EDGE, "pipeline=[trace,export,prune]"],
             ["step 'prune' takes a torch module, but step 'export' before it gives an ONNX file", "move 'prune'"],
         ),
+        (
+            [EDGE, "pipeline=[quantize,export]"],
+            [
+                "step 'export' takes an exported program, but step 'quantize' before it gives a torch",
+                "such as trace/program",
+            ],
+        ),
         ([EDGE, "pipeline=[{all_of:[prune,quantize]}]"], ["all_of", "first_of", "best_of"]),
         ([EDGE, "model.factory=no_such_package.net"], ["model.factory", "no_such_package"]),
         ([EDGE, "model.weights=no_such_file.pt"], ["model.weights is 'no_such_file.pt', which is not a file"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optpipe.context import Context
-from optpipe.errors import RecipeError, StageError
+from optpipe.errors import RecipeError, StageError, named_reason
 
 from .settings import Learning
 
@@ -85,7 +85,13 @@ def _try(student: nn.Module, loss: Loss, held: Batches) -> None:
         raise StageError("the train split is empty; it must hold at least one batch")
     inputs, target = first
     with torch.no_grad():
-        outputs = call(student.eval().to("cpu"), inputs)
+        try:
+            outputs = call(student.eval().to("cpu"), inputs)
+        except Exception as error:  # the user's own forward
+            raise StageError(
+                f"the student cannot take the task's inputs, {shapes_of(inputs)} ({named_reason(error)}); give "
+                "one that does, for example by student_args"
+            ) from error
         try:
             loss(inputs, outputs, target)
         except StageError:

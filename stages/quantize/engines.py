@@ -66,7 +66,9 @@ def unmet(settings: Static | Qat, target: Target) -> list[str]:
         import torch
 
         if settings.weights.value != "per_channel":
-            found.append(f"{asked} packs weights with a scale per channel only, but weights is per_tensor")
+            found.append(
+                f"{asked} packs weights with a scale per channel only, but weights is per_tensor; set it to per_channel"
+            )
         if target.is_host and not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             found.append(
                 f"{asked} multiplies int8 with oneDNN, which this build of PyTorch lacks; what this machine has is "

@@ -320,3 +320,15 @@ def test_held_out_samples_are_not_trained_on() -> None:
     batches = [(torch.tensor([i]), None) for i in range(10)]
     train, held = ({int(inputs) for inputs, _ in part} for part in hold_out(batches, 0.2, seed=1))
     assert held == {4, 9} and not train & held
+
+
+def narrow() -> nn.Module:
+    """A student for inputs of another kind."""
+    return nn.Linear(20, 4)
+
+
+def test_a_student_that_cannot_take_the_inputs_is_refused(model, context) -> None:
+    with pytest.raises(
+        StageError, match=r"the student cannot take the task's inputs, \[\(\d+, 3, 8, 8\)\] .*student_args"
+    ):
+        Finetune(epochs=1, student=f"{__name__}.narrow").run(model, context(model))

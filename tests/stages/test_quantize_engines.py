@@ -122,7 +122,7 @@ def test_what_an_engine_lacks_is_told_with_what_there_is(monkeypatch) -> None:
         r"needs ExecuTorch.*pip install .*\[executorch\]", Static(placement=Placement.xnnpack).problems(target)[0]
     )
     (found,) = Static(placement=Placement.inductor, weights=Granularity.per_tensor).problems(target)
-    assert found == "placement=inductor packs weights with a scale per channel only, but weights is per_tensor"
+    assert found.endswith("a scale per channel only, but weights is per_tensor; set it to per_channel")
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     (found,) = Qat(placement=Placement.inductor).problems(target)
     assert "oneDNN, which this build of PyTorch lacks; what this machine has is placement=onnxruntime" in found
