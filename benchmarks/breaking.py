@@ -107,7 +107,7 @@ def carry_through(name: str, folder: Path) -> Row:
             row.reasons.append(str(error))
         else:
             row.broken = str(error)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the table says so and the command ends with 1
         row.export, row.broken = "broken", named_reason(error)
     return row
 

@@ -100,7 +100,7 @@ class Surgeon:
                 if untouched.isdisjoint(layers):
                     found.append(self._group(members, layers, importance))
                 seen.update(layers)
-            except Exception as error:
+            except Exception as error:  # of Torch-Pruning, which does not know every operator
                 found.append(self._refused(root, f"Torch-Pruning cannot follow its channels ({named_reason(error)})"))
         return [group for group in found if group is not None]
 
