@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optpipe.progress import track
-from optpipe.report.schema import NotMeasured
+from optpipe.report.schema import Attempt, NotMeasured
 from optpipe.target import Target
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Context:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     def record(self, **facts: Any) -> None:
         """Keep facts for the report: numbers, strings, or lists of them."""
@@ -66,6 +67,10 @@ class Context:
     def note(self, text: str) -> None:
         """Keep a sentence for the report."""
         self.notes.append(text)
+
+    def attempt(self, method: str, *, ok: bool, seconds: float, reason: str = "") -> None:
+        """Keep one of several ways that were tried for the report: whether it worked, or why it did not."""
+        self.attempts.append(Attempt(method=method, ok=ok, reason=reason, seconds=seconds, chosen=ok))
 
     def table(self, table: Table) -> None:
         """Keep a table for the report, which draws the columns that it names."""

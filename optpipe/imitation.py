@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from optpipe.errors import StageError
 from optpipe.predictions import is_multilabel
-from optpipe.task import Inputs, Task, call, tensors_in
+from optpipe.task import Inputs, Task, call, named_tensors, tensors_in
 
 if TYPE_CHECKING:
     from optpipe.context import Context
@@ -53,7 +52,7 @@ class Imitation:
     """
 
     teacher: nn.Module
-    task_loss: Callable[[Any, Any], Tensor]
+    task: Task
     alpha: float
     temperature: float
     kinds: dict[str, Kind] = field(default_factory=dict)  # of each output, known after the first batch
@@ -67,9 +66,10 @@ class Imitation:
 
     def loss(self, outputs: Any, wanted: Any, target: Any) -> Tensor:
         """The loss of a student's `outputs` where the teacher gave `wanted`. StageError if their shapes differ."""
+        outputs, wanted = self.task.selected(outputs), self.task.selected(wanted)
         check_outputs_fit(outputs, wanted)
-        total = (1 - self.alpha) * self.task_loss(outputs, target) if self.alpha < 1 else 0.0
-        targets = _targets(outputs, target, self.task_loss)
+        total = (1 - self.alpha) * self.task.loss(outputs, target) if self.alpha < 1 else 0.0
+        targets = _targets(outputs, target, self.task.loss)
         parts = dict(named_tensors(wanted))
         soft = [
             self._soft(name, part, parts[name], targets.get(name))
@@ -86,7 +86,7 @@ class Imitation:
 
     def _soft(self, name: str, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
         if name not in self.kinds:
-            self.kinds[name], self._dimensions[name] = _kind(student, target, self.task_loss)
+            self.kinds[name], self._dimensions[name] = _kind(student, target, self.task.loss)
         if self.kinds[name] is Kind.values:
             return F.mse_loss(student, teacher)
         student, teacher, t = student / self.temperature, teacher / self.temperature, self.temperature
@@ -96,13 +96,13 @@ class Imitation:
         kl = F.kl_div(
             F.log_softmax(student, dimension), F.log_softmax(teacher, dimension), reduction="none", log_target=True
         ).sum(dimension)
-        counted = _counted(target, kl, self.task_loss)
+        counted = _counted(target, kl, self.task.loss)
         return t * t * (kl.mean() if counted is None else (kl * counted).sum() / counted.sum().clamp(min=1))
 
 
 def imitation(teacher: nn.Module, task: Task, *, alpha: float, temperature: float) -> Imitation:
     """The loss of a student of `teacher`, which is put in eval mode and follows its inputs to their device."""
-    return Imitation(teacher.eval(), task.loss, alpha, temperature)
+    return Imitation(teacher.eval(), task, alpha, temperature)
 
 
 def check_outputs_fit(student: Any, teacher: Any) -> None:
@@ -117,15 +117,6 @@ def check_outputs_fit(student: Any, teacher: Any) -> None:
             f"the teacher returns {type(teacher).__name__} without a floating-point tensor, so there is nothing to "
             "imitate; train on the labels alone with distill/finetune"
         )
-
-
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a tensor, tuple, list or dict, with the way to each; a lone tensor's is empty."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (dict, tuple, list)):
-        for part, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from named_tensors(item, f"{name}.{part}" if name else str(part))
 
 
 def shapes_of(value: Any) -> str:

@@ -44,7 +44,7 @@ def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, 
     worst, flips, count = 0.0, 0, 0
     for batch in batches:
         with torch.no_grad():
-            expected, found = tensors_in(call(before, batch)), tensors_in(call(after, batch))
+            expected, found = (tensors_in(task.selected(call(model, batch))) for model in (before, after))
         if [tensor.shape for tensor in expected] != [tensor.shape for tensor in found]:
             raise StageError(
                 f"the outputs had shapes {[tuple(t.shape) for t in expected]} before this step "

@@ -356,6 +356,7 @@ class Loop:
             facts=result.facts,
             notes=result.notes,
             tables=result.tables,
+            attempts=result.attempts,
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
@@ -390,7 +391,7 @@ class Loop:
         if original:
             chosen.results[0].notes.append(f"chosen by {choice.how}; the model before it: {original.said()}")
         say(f"  {choice.how}: '{chosen.method}', {chosen.entrant.said()}")
-        chosen.results[0].attempts = attempts
+        chosen.results[0].attempts = attempts + chosen.results[0].attempts
         self.report.stages.extend(chosen.results)
         return replace(chosen.state, results=len(self.report.stages))
 

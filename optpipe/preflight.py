@@ -93,7 +93,10 @@ def _call_problems(model: nn.Module, task: Task) -> list[str]:
         shapes = [tuple(tensor.shape) for tensor in tensors_in(batch)]
         try:
             with torch.no_grad():
-                outputs = call(model.eval(), batch)
+                outputs = task.selected(call(model.eval(), batch))
+        except StageError as error:
+            problems.append(f"data: {error}")
+            continue
         except Exception as error:  # the user's own forward: whatever it raises is theirs to read
             reason = str(error).strip().splitlines()
             problems.append(

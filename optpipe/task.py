@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,8 +44,9 @@ class Task:
     metric: Metric
     loss: Callable[[Any, Any], Tensor] = torch.nn.functional.cross_entropy  # of (outputs, target)
     fingerprint: str | None = None  # identifies the data; without it no result is shared between runs
+    outputs: list[str] = field(default_factory=list)  # those that matter, where the model returns more; see `selected`
     input_names: list[str] | None = None  # names in the exported graph; by default those of `forward`
-    output_names: list[str] | None = None
+    output_names: list[str] | None = None  # by default `outputs`
     class_names: list[str] | None = None  # of the classes, or of the labels of a multi-label target
     slices: dict[str, Slice] = field(default_factory=dict)  # quality is also told for each of their labels
 
@@ -53,6 +55,21 @@ class Task:
             raise TypeError(
                 f"metric is {self.metric!r}; it must be an optpipe.Metric, for example optpipe.metrics.top1_accuracy()"
             )
+        if self.outputs and self.output_names is None:
+            self.output_names = [name.replace(".", "_") for name in self.outputs]
+
+    def selected(self, value: Any) -> Any:
+        """What of a model's return `value` the metric, the loss and parity see.
+
+        All of it if the task names no outputs; else the tensor with that name, or a dict of several. A name is the way
+        to a tensor through dicts, sequences and dataclasses, as in "heads.scores", or the end of that way where it is
+        the only one. A value that names nothing, a tensor or a tuple, holds them in their order.
+        Raises StageError if an output is missing or its name stands for several.
+        """
+        if not self.outputs:
+            return value
+        found = [tensor for _, tensor in select(value, self.outputs)]
+        return found[0] if len(found) == 1 else dict(zip(self.outputs, found, strict=True))
 
     def evaluate(self, model: Callable[..., Any], split: Split) -> Tensor:
         """Scores of `model` on `split` whose mean is its quality, float64.
@@ -97,7 +114,7 @@ class Task:
     def _batch(self, model: Callable[..., Any], inputs: Inputs, target: Any, split: Split) -> Predictions:
         """One batch; outputs and targets only as far as they are needed later."""
         with torch.no_grad():
-            outputs = call(model, inputs)
+            outputs = self.selected(call(model, inputs))
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(outputs) if tensor.is_floating_point()):
             raise StageError(f"the model returns NaN or infinity on the {split} split; look at its weights and inputs")
         size, whole = size_of(inputs), self.metric.score is None or is_multilabel(outputs, target)
@@ -173,12 +190,51 @@ def arguments(inputs: Inputs) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
+def parts_of(value: Any) -> list[tuple[str, Any]] | None:
+    """The parts of a dict, sequence or dataclass with their names; None for what has none."""
+    if isinstance(value, Mapping):
+        return [(str(name), part) for name, part in value.items()]
+    if isinstance(value, (tuple, list)):
+        return [(str(i), part) for i, part in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return None
+
+
+def leaves(value: Any, way: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in dicts, sequences and dataclasses that is none of these, with the way to it, empty for a lone one."""
+    parts = parts_of(value)
+    if parts is None:
+        yield way, value
+    for name, part in parts or ():
+        yield from leaves(part, f"{way}.{name}" if way else name)
+
+
+def named_tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among `leaves`."""
+    return ((way, leaf) for way, leaf in leaves(value) if isinstance(leaf, Tensor))
+
+
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of a tensor, tuple, list or dict, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return [tensor for item in items for tensor in tensors_in(item)]
+    """The tensors of a tensor, sequence, dict or dataclass, in order."""
+    return [tensor for _, tensor in named_tensors(value)]
+
+
+def select(value: Any, names: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """The tensors in `value` called `names`, each with the way to it; found, and refused, as `Task.selected` says."""
+    tensors = dict(named_tensors(value))
+    if isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and len(tensors) == len(value)):
+        if len(tensors) != len(names):
+            raise StageError(f"the model returns {len(tensors)} tensor(s) for the outputs {', '.join(names)}")
+        return list(tensors.items())
+    found = []
+    for name in names:
+        ways = [way for way in tensors if way == name] or [way for way in tensors if way.endswith(f".{name}")]
+        if len(ways) != 1:
+            said = f"{name!r} stands for {', '.join(ways)}" if ways else f"there is no tensor {name!r}"
+            raise StageError(f"of the outputs {said}; the model returns {', '.join(tensors) or 'no tensor'}")
+        found.append((ways[0], tensors[ways[0]]))
+    return found
 
 
 def size_of(inputs: Inputs) -> int:

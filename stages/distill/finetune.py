@@ -28,6 +28,6 @@ class Finetune(Learning):
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
         from .student import learn, student_of
 
-        student, task_loss = student_of(model, self, ctx), ctx.task.loss
-        learn(student, lambda _, outputs, target: task_loss(outputs, target), self, ctx, "fine-tuning")
+        student, task = student_of(model, self, ctx), ctx.task
+        learn(student, lambda _, outputs, target: task.loss(task.selected(outputs), target), self, ctx, "fine-tuning")
         return student

@@ -156,7 +156,7 @@ class Channels:
         train, held = hold_out(ctx.task.train, HELD_OUT, ctx.seed)
 
         def loss(_: Any, outputs: Any, target: Any) -> Tensor:
-            return ctx.task.loss(outputs, target)
+            return ctx.task.loss(ctx.task.selected(outputs), target)
 
         schedule = Schedule(epochs=self.epochs_between, learning_rate=self.learning_rate)
         fit(

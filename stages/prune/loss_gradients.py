@@ -42,7 +42,7 @@ def mean_gradients(model: nn.Module, ctx: Context, batches: int, power: int) -> 
     with differentiable(model):
         for inputs, target in ctx.progress(ctx.task.train, "measuring gradients", total=batches):
             model.zero_grad()
-            ctx.task.loss(call(model, inputs), target).backward()  # type: ignore[no-untyped-call]
+            ctx.task.loss(ctx.task.selected(call(model, inputs)), target).backward()  # type: ignore[no-untyped-call]
             for name, parameter in model.named_parameters():
                 if parameter.grad is None:  # the outputs do not depend on it
                     continue
