@@ -202,7 +202,7 @@ def parts_of(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def leaves(value: Any, way: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in dicts, sequences and dataclasses that is none of these, with the way to it, empty for a lone one."""
+    """What is no dict, sequence or dataclass in one of these, with the way to it, empty for a lone one."""
     parts = parts_of(value)
     if parts is None:
         yield way, value
