@@ -456,7 +456,10 @@ def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], tar
         return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
     if missing(target.runtime):
         return [f'target.runtime={target.runtime} is not installed here; pip install "optpipe[{target.runtime}]"']
-    if problems := [*option_problems(target.runtime, target.options), *machine.device_problems(target.device)]:
+    if problems := [
+        *option_problems(target.runtime, target.threads, target.options),
+        *machine.device_problems(target.device),
+    ]:
         return problems
     files = forms_along(entries, form)[-1][2] - {"torch", "program"}
     if files and not files & set(RUNTIMES[target.runtime]):

@@ -71,6 +71,11 @@ def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
     return int((expected.argmax(dim=-1) != found.argmax(dim=-1)).sum())
 
 
+def coarsest(*precisions: str) -> str:
+    """The one with the widest tolerance."""
+    return max(precisions, key=TOLERANCE.__getitem__)
+
+
 def precision(model: Any) -> str:
     """What a torch module or exported program computes in, a key of TOLERANCE: as far as its operators tell."""
     graph = getattr(model, "graph", None)

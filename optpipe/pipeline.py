@@ -323,7 +323,9 @@ class Loop:
         if after_form is not before.form:
             reference = before.reloaded().model  # the stage may have changed the one that it was given
             with self.measurer.evaluating(reference) as expected, self.measurer.evaluating(model) as found:
-                same = parity.check(expected, found, self.task, precision=parity.precision(reference))
+                same = parity.check(
+                    expected, found, self.task, precision=parity.coarsest(parity.precision(reference), *ctx.precisions)
+                )
             result.notes.append(same.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash

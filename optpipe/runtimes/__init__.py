@@ -84,10 +84,16 @@ def make_runner(
     return runtime(name).runner(model, threads or usable_cores(), device, OPTIONS[name](**(options or {})))
 
 
-def option_problems(name: str, options: dict[str, Any]) -> list[str]:
-    """What is wrong with `target.options` for the engine called `name`."""
+def option_problems(name: str, threads: int, options: dict[str, Any]) -> list[str]:
+    """What is wrong with `target.threads` and `target.options` for the engine called `name`."""
     import dataclasses
+    import os
 
+    if name == "executorch" and threads != os.cpu_count():
+        return [
+            f"target.threads is {threads}, but ExecuTorch's Python bindings always use every core; set it to "
+            f"{os.cpu_count()} here"
+        ]
     known = [field.name for field in dataclasses.fields(OPTIONS[name])]
     unknown = [key for key in options if key not in known]
     if unknown:
