@@ -6,6 +6,7 @@ steps are those of a file that the target could run.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the exporter's own errors share no base class
-        raise StageError(f"torch.onnx cannot export this program: {named_reason(error)}") from error
+        raise StageError(f"torch.onnx cannot export this program: {_why_not_onnx(error, program, opset)}") from error
     assert exported is not None
     operators.restore(exported.model)
     if rewrite:
@@ -109,6 +110,22 @@ def to_onnx(
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError(f"the exported graph is not valid ONNX: {named_reason(error)}") from error
     return ExportedFile(path, "onnx")
+
+
+def _why_not_onnx(error: BaseException, program: ExportedProgram, opset: int) -> str:
+    """The operator that has no ONNX form and the line that calls it, or the innermost reason that there is."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    operator = re.search(r"op='([\w:.]+)'", str(chain[-1]))
+    if operator is None:
+        return named_reason(chain[-1])
+    name = operator.group(1).rpartition(".")[2]
+    calls = [node for node in program.graph.nodes if name in str(node.target)]
+    trace = calls[0].meta.get("stack_trace", "") if calls else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]+)', trace)
+    where = f", which {lines[-1][0]}:{lines[-1][1]} calls: {lines[-1][2].strip()}" if lines else ""
+    return f"opset {opset} has nothing for '{operator.group(1)}'{where}; raise export.opset, or use others"
 
 
 def _write(model: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> None:

@@ -48,7 +48,6 @@ def lower(
     freezing, max_autotune: as in torch._inductor.config.
     Raises StageError with the compiler's reason if it cannot.
     """
-    import torchao.quantization.pt2e  # noqa: F401  registers the operators that a quantised program calls
     from torch._inductor import config
 
     from optpipe.forms.exported import EXPORTED
