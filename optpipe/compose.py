@@ -206,6 +206,8 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
         return f"'{override}': set the limits of one step at a time: '+budget.stages.{key}={{quality_drop: 0.01}}'"
     if parent.endswith(".args") or parent == "budget.stages":
         return f"'{override}': {parent} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
+    if override.partition("=")[2].startswith("{"):
+        return f"'{override}': {path} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
     hint = did_you_mean(key, fields) or (f"; it has {', '.join(fields)}" if fields else "")
     return f"'{override}': {kind} has no setting '{key}'{hint}"
 

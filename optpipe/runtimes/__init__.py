@@ -84,8 +84,20 @@ def make_runner(
     return runtime(name).runner(model, threads or usable_cores(), device, OPTIONS[name](**(options or {})))
 
 
-def option_problems(name: str, threads: int, options: dict[str, Any]) -> list[str]:
-    """What is wrong with `target.threads` and `target.options` for the engine called `name`."""
+def setting_problems(name: str, device: str, threads: int, options: dict[str, Any]) -> list[str]:
+    """What is wrong with the target's device, threads and options for the engine called `name`."""
+    if device != "cpu" and name in ("openvino", "executorch"):
+        return [f"target.device is '{device}', but {name} runs on cpu here"]
+    if device == "cpu" and name == "tensorrt":
+        return ["target.runtime=tensorrt runs on a GPU; set target.device=cuda where there is one"]
+    if device != "cpu" and name == "onnxruntime":
+        import onnxruntime as ort
+
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            return [
+                f"target.device is '{device}', but this ONNX Runtime is built for processors only; pip install "
+                "onnxruntime-gpu in its place"
+            ]
     import dataclasses
     import os
 
