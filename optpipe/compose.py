@@ -40,7 +40,7 @@ from optpipe.plan import (
     spoken,
     steps_of,
 )
-from optpipe.runtimes import RUNTIMES, installed_for, missing, option_problems
+from optpipe.runtimes import RUNTIMES, installed_for, missing, setting_problems
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -458,10 +458,8 @@ def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], tar
         return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
     if missing(target.runtime):
         return [f'target.runtime={target.runtime} is not installed here; pip install "optpipe[{target.runtime}]"']
-    if problems := [
-        *option_problems(target.runtime, target.threads, target.options),
-        *machine.device_problems(target.device),
-    ]:
+    settings = target.device, target.threads, target.options
+    if problems := machine.device_problems(target.device) or setting_problems(target.runtime, *settings):
         return problems
     files = forms_along(entries, form)[-1][2] - {"torch", "program"}
     if files and not files & set(RUNTIMES[target.runtime]):

@@ -11,8 +11,10 @@ optpipe.runtimes.options. Measuring workers import these files, so they import t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -98,9 +100,6 @@ def setting_problems(name: str, device: str, threads: int, options: dict[str, An
                 f"target.device is '{device}', but this ONNX Runtime is built for processors only; pip install "
                 "onnxruntime-gpu in its place"
             ]
-    import dataclasses
-    import os
-
     if name == "executorch" and threads != os.cpu_count():
         return [
             f"target.threads is {threads}, but ExecuTorch's Python bindings always use every core; set it to "
