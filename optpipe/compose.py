@@ -37,6 +37,7 @@ from optpipe.plan import (
     budget_problems,
     chain_problems,
     forms_along,
+    method_of,
     spoken,
     steps_of,
 )
@@ -264,6 +265,8 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
     form = settings["model"].form if settings["model"] else "torch"
+    if settings["target"]:
+        entries = _without_absent(entries, settings["target"], problems)
     if not problems:
         problems += chain_problems(entries, form)
     if not problems and entries:
@@ -403,10 +406,6 @@ class _Steps:
         except (ValueError, OmegaConfBaseException) as error:
             self.problems.append(f"{key}: {reason(error)}")
             return None
-        if missing := info.missing():
-            remedy = f'pip install "{info.extra}"' if info.extra else f"pip install {' '.join(missing)}"
-            self.problems.append(f"stage '{info.name}' needs {', '.join(missing)}, not installed here; {remedy}")
-            return None
         return Step(key, stage, info)
 
 
@@ -470,9 +469,31 @@ def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], tar
         ]
     if absent := [name for name in sorted(files) if not installed_for(name)]:
         return [f"nothing that runs {spoken(absent)} is installed here"]
-    steps = [*steps_of(entries), *itertools.chain(*relax.values())]
-    found = [f"{step.key}: {problem}" for step in steps for problem in registry.problems_of(step.stage, target)]
-    return list(dict.fromkeys(found))
+    steps = [*(entry for entry in entries if isinstance(entry, Step)), *itertools.chain(*relax.values())]
+    return list(dict.fromkeys(problem for step in steps for problem in _unmet(step, target)))
+
+
+def _unmet(step: Step, target: Target) -> list[str]:
+    """Why `step` cannot run here, or for `target`."""
+    if missing := step.info.missing():
+        remedy = f'pip install "{step.info.extra}"' if step.info.extra else f"pip install {' '.join(missing)}"
+        return [f"stage '{step.info.name}' needs {', '.join(missing)}, not installed here; {remedy}"]
+    return [f"{step.key}: {problem}" for problem in registry.problems_of(step.stage, target)]
+
+
+def _without_absent(entries: Sequence[Entry], target: Target, problems: list[str]) -> list[Entry]:
+    """`entries` without alternatives that cannot run here; a problem for a choice that has no other."""
+    kept: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Choice):
+            reasons = ["; ".join(p for step in branch for p in _unmet(step, target)) for branch in entry.branches]
+            able = tuple(branch for branch, reason in zip(entry.branches, reasons, strict=True) if not reason)
+            absent = [(method_of(b), reason) for b, reason in zip(entry.branches, reasons, strict=True) if reason]
+            if not able:
+                problems += dict.fromkeys(reason for _, reason in absent)
+            entry = replace(entry, branches=able or entry.branches, absent=tuple(absent))
+        kept.append(entry)
+    return kept
 
 
 def _used(config: DictConfig, entries: Sequence[Entry], recipe: str) -> dict[str, Any]:

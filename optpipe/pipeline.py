@@ -28,7 +28,7 @@ from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
-from optpipe.plan import Choice, Entry, Plan, Step, forms_along, spoken
+from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken
 from optpipe.progress import log, say
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
@@ -421,6 +421,7 @@ class Loop:
                 break
         chosen = self._chosen(choice, branches)
         attempts = [branch.attempt(branch is chosen) for branch in branches]
+        attempts += [Attempt(method=method, ok=False, reason=reason) for method, reason in choice.absent]
         if chosen is None and original is None:
             return self._no_alternative(choice, before, branches, attempts, keeps_form)
         for result in (result for branch in branches if branch is not chosen for result in branch.results):
@@ -442,7 +443,7 @@ class Loop:
         self, choice: Choice, steps: tuple[Step, ...], before: State, original: Entrant | None, folders: list[Path]
     ) -> _Branch:
         """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
-        first, branch = len(self.report.stages), _Branch("+".join(step.key for step in steps))
+        first, branch = len(self.report.stages), _Branch(method_of(steps))
         state = before.reloaded()
         try:
             for step, folder in zip(steps, folders, strict=True):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from optpipe import compose
 from optpipe.command import read
@@ -30,9 +31,12 @@ def problems(*words: str) -> str:
 
 @pytest.mark.parametrize("recipe", compose.builtin_recipes())
 def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> None:
-    (plan,) = plans(f"+recipe={recipe}")
     text = (compose.CONF / "recipe" / f"{recipe}.yaml").read_text()
-    assert plan.entries
+    if recipe.startswith("gpu") and not torch.cuda.is_available():
+        assert "torch finds no GPU here" in problems(f"+recipe={recipe}")
+    else:
+        (plan,) = plans(f"+recipe={recipe}")
+        assert plan.entries
     assert "# Produces:" in text and f"+recipe={recipe}" in text
 
 
@@ -163,6 +167,16 @@ def test_a_broken_recipe_does_not_hide_a_broken_override(tmp_path: Path) -> None
     )
     said = problems("+recipe=mine", f"--config-dir={tmp_path}", "seeed=1", "prune.rato=0.5")
     assert "did you mean 'channels'" in said and "did you mean 'seed'" in said
+
+
+def test_an_alternative_that_cannot_run_here_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("+export@export_engine=tensorrt", "+trace@trace_engine=program")
+    choice = "{best_of:[[trace,export],[trace_engine,export_engine]]}"
+    (plan,) = plans(EDGE, *words, f"pipeline=[{choice},benchmark]")
+    ((method, reason),) = plan.entries[0].absent
+    assert method == "trace_engine+export_engine" and "tensorrt" in reason and len(plan.entries[0].branches) == 1
+    nothing = problems(EDGE, *words, "+export@other=tensorrt", "pipeline=[trace,{first_of:[export_engine,other]}]")
+    assert nothing.count("needs tensorrt") == 1
 
 
 def test_the_next_step_must_take_what_every_branch_gives() -> None:
