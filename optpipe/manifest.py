@@ -65,7 +65,9 @@ def _signature(model: Any, folder: Path, form_name: str, task: Task) -> dict[str
 
     def describe(value: Any) -> dict[str, Any]:
         tensor = value.type.tensor_type
-        shape = [size.dim_param or (size.dim_value if size.HasField("dim_value") else None) for size in tensor.shape.dim]
+        shape = [
+            size.dim_param or (size.dim_value if size.HasField("dim_value") else None) for size in tensor.shape.dim
+        ]
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
         return {"name": value.name, "dtype": dtype, "shape": shape if tensor.HasField("shape") else None}
 

@@ -51,7 +51,7 @@ class Signature:
 
     def __init__(self, inputs: Sequence[Input]) -> None:
         self.inputs = inputs
-        self._expected = [(each.dtype, each.shape, len(each.shape or ())) for each in inputs]
+        self._right: list[tuple[np.dtype[Any] | None, tuple[int, ...]]] = [(None, ())] * len(inputs)  # those last seen
 
     def checked(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> Sequence[np.ndarray[Any, Any]]:
         """The inputs in order, as arrays that every engine takes. Raises OptpipeError for the first that is wrong.
@@ -60,31 +60,14 @@ class Signature:
         """
         if named or len(arrays) != len(self.inputs):
             arrays = self._in_order(arrays, named)
-        if not self._fit(arrays):
-            self._refuse(arrays)
+        for array, (dtype, shape) in zip(arrays, self._right, strict=True):
+            if type(array) is not np.ndarray or array.dtype is not dtype or array.shape != shape:
+                self._examine(arrays)
+                break
         for array in arrays:
             if not array.flags.carray:
                 return [each if each.flags.carray else each.copy(order="C") for each in arrays]
         return arrays
-
-    def _fit(self, arrays: Sequence[Any]) -> bool:
-        """Run in every call, so it tells only whether all is well."""
-        sizes: dict[str, int] = {}
-        for array, (dtype, shape, rank) in zip(arrays, self._expected, strict=True):
-            if type(array) is not np.ndarray and not _is_array(array):
-                return False
-            if dtype is not None and array.dtype != dtype:
-                return False
-            if shape is None:
-                continue
-            found = array.shape
-            if len(found) != rank:
-                return False
-            for size, wanted in zip(found, shape, strict=True):
-                if size != wanted and wanted is not None:
-                    if type(wanted) is int or sizes.setdefault(wanted, size) != size:
-                        return False
-        return True
 
     def _in_order(self, arrays: Sequence[Any], named: Mapping[str, Any]) -> list[Any]:
         """Those given by position, then those given by name, each where it belongs."""
@@ -106,18 +89,20 @@ class Signature:
         count = "1 input" if len(self.inputs) == 1 else f"{len(self.inputs)} inputs"
         return f"{count} ({', '.join(each.words() for each in self.inputs)})"
 
-    def _refuse(self, arrays: Sequence[Any]) -> None:
-        """Raise for the first input that is wrong."""
+    def _examine(self, arrays: Sequence[Any]) -> None:
+        """Raise for the first input that is wrong; else remember types and shapes, since the next are often the same."""
         sizes: dict[str, tuple[int, str]] = {}  # of free dimensions, and the input that fixed each
         for array, expected in zip(arrays, self.inputs, strict=True):
-            _refuse_type(array, expected)
+            _examine_type(array, expected)
             for i, (size, wanted) in enumerate(zip(array.shape, expected.shape or (), strict=False)):
-                given = f"input '{expected.name}' has shape {_shape(array.shape)}, and the model takes {expected.words()}"
-                if isinstance(wanted, int) and size != wanted:
-                    raise OptpipeError(f"{given}: dimension {i} is {size} and must be {wanted}")
-                if isinstance(wanted, str) and sizes.setdefault(wanted, (size, expected.name))[0] != size:
-                    before, owner = sizes[wanted]
-                    raise OptpipeError(f"{given}: {wanted} is {size} here and {before} in '{owner}'; make them equal")
+                if size == wanted or wanted is None:
+                    continue
+                if isinstance(wanted, int):
+                    raise _wrong_shape(array, expected, f"dimension {i} is {size} and must be {wanted}")
+                before, owner = sizes.setdefault(wanted, (size, expected.name))
+                if size != before:
+                    raise _wrong_shape(array, expected, f"{wanted} is {size} here and {before} in '{owner}'")
+        self._right = [(array.dtype, array.shape) for array in arrays]
 
 
 def of_program(program: ExportedProgram, task: Task) -> list[dict[str, Any]]:
@@ -161,13 +146,8 @@ def _entry(name: str, dtype: Any, shape: list[Any], keyword: bool) -> dict[str, 
     return {**entry, "keyword": True} if keyword else entry
 
 
-def _is_array(value: Any) -> bool:
-    """Whether `value` is a kind of NumPy array all of whose elements count."""
-    return isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
-
-
-def _refuse_type(array: Any, expected: Input) -> None:
-    """Raise if `array` is no array, or has another dtype or number of dimensions than `expected`."""
+def _examine_type(array: Any, expected: Input) -> None:
+    """Raise if `array` is no array whose elements all count, or has another dtype or number of dimensions than `expected`."""
     name, dtype = expected.name, expected.dtype
     if isinstance(array, np.ma.MaskedArray):
         raise OptpipeError(f"input '{name}' is a masked array, whose mask the model cannot see; pass array.filled(…)")
@@ -187,6 +167,12 @@ def _refuse_type(array: Any, expected: Input) -> None:
             f"input '{name}' has {array.ndim} dimensions, shape {_shape(array.shape)}, and the model takes "
             f"{expected.words()}{add}"
         )
+
+
+def _wrong_shape(array: Any, expected: Input, why: str) -> OptpipeError:
+    return OptpipeError(
+        f"input '{expected.name}' has shape {_shape(array.shape)}, and the model takes {expected.words()}: {why}"
+    )
 
 
 def _shape(shape: Sequence[int | str | None] | None) -> str:
