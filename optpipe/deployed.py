@@ -1,4 +1,4 @@
-"""The deployed model of a finished run as a callable: `load`, its pool for parallel callers and its cache of results."""
+"""The deployed model of a finished run as a callable: `load`, a pool for parallel callers, a cache of results."""
 
 from __future__ import annotations
 

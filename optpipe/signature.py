@@ -90,7 +90,7 @@ class Signature:
         return f"{count} ({', '.join(each.words() for each in self.inputs)})"
 
     def _examine(self, arrays: Sequence[Any]) -> None:
-        """Raise for the first input that is wrong; else remember types and shapes, since the next are often the same."""
+        """Raise for the first input that is wrong; else remember types and shapes: the next are often the same."""
         sizes: dict[str, tuple[int, str]] = {}  # of free dimensions, and the input that fixed each
         for array, expected in zip(arrays, self.inputs, strict=True):
             _examine_type(array, expected)
@@ -147,7 +147,7 @@ def _entry(name: str, dtype: Any, shape: list[Any], keyword: bool) -> dict[str, 
 
 
 def _examine_type(array: Any, expected: Input) -> None:
-    """Raise if `array` is no array whose elements all count, or has another dtype or number of dimensions than `expected`."""
+    """Raise if `array` is none, hides elements, or has another dtype or number of dimensions than `expected`."""
     name, dtype = expected.name, expected.dtype
     if isinstance(array, np.ma.MaskedArray):
         raise OptpipeError(f"input '{name}' is a masked array, whose mask the model cannot see; pass array.filled(…)")

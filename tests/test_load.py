@@ -121,7 +121,7 @@ def changed(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[], Any]
 
 
 BAD: list[tuple[Callable[[], Any], str]] = [
-    (changed("rows", lambda a: a.astype(np.float64)), r"'rows' has dtype float64.*float32.*array\.astype\(np\.float32\)"),
+    (changed("rows", lambda a: a.astype(np.float64)), r"'rows' has dtype float64.*float32.*array\.astype\(np\.float32"),
     (changed("rows", lambda a: a.astype(">f4")), r"'rows' has dtype >f4.*astype"),
     (changed("rows", lambda a: a.astype(object)), r"'rows' has dtype object.*astype\(np\.float32\)"),
     (changed("tokens", lambda a: a.astype(np.int32)), r"'tokens' has dtype int32.*int64.*astype\(np\.int64\)"),
@@ -129,7 +129,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (changed("rows", lambda a: a.tolist()), r"'rows' is of type list.*pass np\.asarray\(value, np\.float32\)"),
     (changed("rows", torch.from_numpy), r"'rows' is of type torch\.Tensor.*pass tensor\.numpy\(force=True\)"),
     (changed("rows", lambda a: None), r"'rows' is of type NoneType"),
-    (changed("rows", np.ma.masked_less_equal(0.0, 0).__class__), r"'rows' is a masked array.*filled"),
+    (changed("rows", np.ma.masked_array), r"'rows' is a masked array.*filled"),
     (changed("rows", lambda a: a[0]), r"'rows' has 2 dimensions, shape \(3, 5\).*batch.*array\[np\.newaxis\]"),
     (changed("rows", lambda a: a[None]), r"'rows' has 4 dimensions.*\(1, 2, 3, 5\)"),
     (lambda: {**three(), "row": three()["rows"]}, r"no input 'row'; did you mean 'rows'\?.*3 inputs"),
@@ -138,7 +138,7 @@ BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: (*three().values(), three()["rows"]), r"4 inputs were given, and the model takes 3 inputs"),
     (lambda: list(three().values())[:2], r"input 'tokens' is missing"),
     (lambda: [three()["queries"], {"rows": three()["rows"]}], r"'rows' was given twice"),
-    (changed("queries", lambda a: np.repeat(a, 3, 0)), r"'queries' has shape \(6, 2, 5\).*batch is 6 here and 2 in 'rows'"),
+    (changed("queries", lambda a: np.repeat(a, 3, 0)), r"'queries' .* \(6, 2, 5\).*batch is 6 here and 2 in 'rows'"),
 ]  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def test_a_worker_is_free_again_after_an_error() -> None:
 
     model = DeployedModel({"runtime": "this engine"}, [Input("x")], [broken, broken], 0)
     for _ in range(5):
-        with pytest.raises(OptpipeError, match="this engine cannot run the model on float32 .*: no"):
+        with pytest.raises(OptpipeError, match=r"this engine cannot run the model on float32 .*: no"):
             model(numbers(1, 4))
 
 
@@ -379,9 +379,8 @@ def test_files_that_the_manifest_does_not_name_are_not_read(line: Path, tmp_path
     assert optpipe.load(tmp_path)(numbers(1, 4)).shape == (1, 2)
 
 
-def test_an_engine_that_is_not_installed(line: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deploy(Line(), task_of(torch.randn(4, 4)), tmp_path, "onnx", "openvino")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    if json.loads((line / "model" / "manifest.json").read_text())["runtime"] != "openvino":
-        return
     with pytest.raises(OptpipeError, match=r'openvino is not installed here; pip install "optpipe\[openvino\]"'):
-        optpipe.load(line)
+        optpipe.load(tmp_path)
