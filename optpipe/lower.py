@@ -99,7 +99,7 @@ def to_onnx(
         derive_bias_scales(exported.model)
     _name_batch_dimension(exported.model)
     proto = exported.model_proto
-    _strip(proto)
+    strip(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -121,7 +121,7 @@ def _name_batch_dimension(model: onnx_ir.Model) -> None:
             value.shape = ir.Shape(["batch", *value.shape[1:]])
 
 
-def _strip(proto: Any) -> None:
+def strip(proto: Any) -> None:
     """Remove names, source paths and stack traces that only debuggers read: most of a small model's file."""
     for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         holder.ClearField("metadata_props")
