@@ -1,7 +1,7 @@
 """Attention: written out by hand, it becomes torch's scaled_dot_product_attention, which runtimes have kernels for.
 
-softmax(scale · q kᵀ + mask) v as in Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Only the `forward` that calls
-the softmax is captured, with the modules below it as they are; its module is replaced by that graph.
+softmax(scale · q kᵀ + mask) v as in Vaswani et al. 2017, https://arxiv.org/abs/1706.03762. Only the `forward` that
+calls the softmax is captured, with the modules below it as they are; its module is replaced by that graph.
 """
 
 from __future__ import annotations
@@ -60,25 +60,28 @@ class Fixed(nn.Module):
             raise StageError(f"'{self.name}' was {self.value!r} whenever simplify looked; set simplify.use_sdpa=false")
 
 
-def use_sdpa_of_transformers(trials: Trials) -> list[Rewrite]:
-    """Hugging Face models that compute attention by hand are told to leave it to torch."""
-    rewrites = []
+def use_sdpa_of_transformers(trials: Trials, flow: Flow) -> list[Rewrite]:
+    """Hugging Face models that compute attention by hand are told to leave it to torch, each with all its parts."""
+    rewrites: list[Rewrite] = []
+    done: list[str] = []
     for name, module in trials.model.named_modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) != "eager" or not hasattr(module, "set_attn_implementation"):
+        by_hand = getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+        below = f"{name}." if name else ""
+        if not by_hand or not hasattr(module, "set_attn_implementation") or any(map(name.startswith, done)):
             continue
-        if any(name.startswith(f"{other}." if other else "") for rewrite in rewrites for other in rewrite.where):
-            continue  # switched with the model around it
-        where = name or type(module).__name__
-        if not getattr(module, "_supports_sdpa", False):
-            trials.refuse(PATTERN, (where,), "transformers has no scaled_dot_product_attention for this model")
+        if not any(f"{owner}.".startswith(below) for owner in flow.softmax):
             continue
-
-        def switch(to: str, module: Any = module) -> Callable[[], None]:
-            return lambda: module.set_attn_implementation(to)
-
-        rewrites.append(Rewrite(PATTERN, (where,), switch("sdpa"), switch("eager")))
+        done.append(below)
+        where = (name or type(module).__name__,)
+        if getattr(module, "_supports_sdpa", False):
+            rewrites.append(Rewrite(PATTERN, where, _switched(module, "sdpa"), _switched(module, "eager")))
+        else:
+            trials.refuse(PATTERN, where, "transformers has no scaled_dot_product_attention for this model")
     return trials.make(rewrites)
+
+
+def _switched(module: Any, to: str) -> Callable[[], None]:
+    return lambda: module.set_attn_implementation(to)
 
 
 def drop_weights(trials: Trials, flow: Flow) -> list[Rewrite]:
@@ -310,7 +313,7 @@ def _scores_and_other(node: fx.Node, values: _Values) -> tuple[Any, Any]:
 def _scale(node: fx.Node, kind: str, values: _Values) -> tuple[Any, Change]:
     scores, factor = _scores_and_other(node, values)
     found = values[factor]
-    if isinstance(found, Tensor) and (found.numel() > 1 or factor is node.args[0] and "div" in kind):
+    if isinstance(found, Tensor) and (found.numel() > 1 or (factor is node.args[0] and "div" in kind)):
         raise _Unfit(f"its scores are scaled by a tensor of shape {tuple(found.shape)}")
     return scores, ("scale", operator.truediv if "div" in kind else operator.mul, factor)
 
@@ -356,9 +359,10 @@ def _write(scores: fx.Node, changes: list[Change], product: fx.Node, values: _Va
 
 def _masked(made: Any, mask: Any, where: Any, value: Any, keeps: bool, values: _Values) -> Any:
     """`mask` with `value` added where the scores are replaced by it, as a tensor that is added to them."""
-    number = float(value) if isinstance(value, (int, float)) or isinstance(value, Tensor) and value.numel() == 1 else 0.0
+    number = (
+        float(value) if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1) else 0.0
+    )
     if number > ABSORBS:
         raise _Unfit(f"its masked scores become {number:g}, not −∞; added to a score that is not the same")
     added = made(torch.where, where, *((0.0, number) if keeps else (number, 0.0)))
     return added if mask is None else made(operator.add, mask, added)
-

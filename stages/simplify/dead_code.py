@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import jit, nn
 
 from optpipe.errors import named_reason
-from optpipe.task import call
 
 from .flow import Flow
 from .trials import Rewrite, Trials
@@ -27,8 +22,7 @@ def drop_unused(trials: Trials, flow: Flow) -> list[Rewrite]:
     other inputs may then take another way through it.
     """
     model = trials.model
-    read = _read(model, trials)
-    dead = list(_dead(model, read, flow))
+    dead = list(_dead(model, _read(model, flow), flow))
     if not dead:
         return []
     reason = ""
@@ -54,38 +48,33 @@ def _dead(
         name = f"{prefix}{child}"
         names = [tensor for tensor, _ in module.named_parameters(name, remove_duplicate=False)]
         ran = any(flow.calls(inner) for inner, _ in module.named_modules(prefix=name))
-        if names and not ran and not read & set(names):
-            yield name, names, lambda name=name: model.set_submodule(name, nn.Identity())
+        if names and not ran and not isinstance(module, jit.ScriptModule) and not read & set(names):
+            yield name, names, _emptied(model, name)
         else:
             yield from _dead(model, read, flow, f"{name}.")
     if not type(owner).__module__.startswith("torch."):  # which read what they hold
         for parameter in [parameter for parameter, value in owner._parameters.items() if value is not None]:
             if f"{prefix}{parameter}" not in read:
-                yield f"{prefix}{parameter}", [f"{prefix}{parameter}"], lambda p=parameter: setattr(owner, p, None)
+                yield f"{prefix}{parameter}", [f"{prefix}{parameter}"], _cleared(owner, parameter)
+
+
+def _emptied(model: nn.Module, name: str) -> Callable[[], None]:
+    return lambda: model.set_submodule(name, nn.Identity())
+
+
+def _cleared(owner: nn.Module, parameter: str) -> Callable[[], None]:
+    return lambda: setattr(owner, parameter, None)
 
 
 def _read_in_training(model: nn.Module, trials: Trials) -> tuple[set[str], str]:
     """The parameters that a pass in training mode reads, and why that cannot be told."""
     try:
         trained = copy.deepcopy(model).train()
-        return _read(trained, trials, batches=trials.batches[-1:]), ""
+        return _read(trained, Flow.of(trained, trials.batches[-1:])), ""
     except Exception as error:  # whatever the user's forward raises
         return set(), f"a pass in training mode, which might need it, fails ({named_reason(error)})"
 
 
-def _read(model: nn.Module, trials: Trials, batches: list[Any] | None = None) -> set[str]:
-    """The names of the parameters, all names of shared ones, whose memory an operator reads."""
-    memory: set[int] = set()
-
-    class Reads(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor):
-                    memory.add(leaf.untyped_storage()._cdata)
-            return func(*args, **(kwargs or {}))
-
-    for inputs in trials.batches if batches is None else batches:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), Reads():
-            call(model, inputs)
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name for name, tensor in parameters if tensor.untyped_storage()._cdata in memory}
+def _read(model: nn.Module, flow: Flow) -> set[str]:
+    """The parameters that a function was given, under all names of those that modules share."""
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if flow.reads(tensor)}

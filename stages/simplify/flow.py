@@ -39,6 +39,7 @@ class Pass:
     """One forward pass. A reader is a module's name, or a function's followed by ()."""
 
     calls: Counter[str] = field(default_factory=Counter)
+    memory: set[int] = field(default_factory=set)  # storage of every tensor that a function was given
     readers: dict[tuple[str, int], list[str]] = field(default_factory=lambda: defaultdict(list))
     gives: dict[str, int] = field(default_factory=dict)  # tensors that a module returns
     ranks: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))  # dimensions of what a module reads
@@ -73,6 +74,10 @@ class Flow:
 
     def ranks(self, module: str) -> set[int]:
         return set().union(*(seen.ranks.get(module, set()) for seen in self.passes))
+
+    def reads(self, tensor: Tensor) -> bool:
+        """Whether a function was given `tensor`, or a view of it."""
+        return any(_storage(tensor) in seen.memory for seen in self.passes)
 
     @property
     def looks(self) -> list[str]:
@@ -136,9 +141,10 @@ def _watched(model: nn.Module, inputs: Inputs) -> Pass:
     class Functions(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = _name(func)
-            given = [] if opaque() or name in ABOUT else _versions((args, kwargs))
+            given = [] if name in ABOUT else _versions((args, kwargs))
+            seen.memory.update(_storage(tensor) for tensor, _ in given)
             result = func(*args, **(kwargs or {}))
-            if not given:
+            if opaque() or not given:
                 return result
             by_mask = name == "getitem" and any(tensor.dtype is torch.bool for tensor, _ in given)
             if name in LOOKS or by_mask:
@@ -178,6 +184,10 @@ def is_step(module: nn.Module) -> bool:
     """Whether `module` is one of torch's own that call no others but what belongs to them."""
     childless = not any(True for _ in module.children())
     return type(module).__module__.startswith("torch.") and (childless or isinstance(module, nn.MultiheadAttention))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _versions(value: Any) -> list[tuple[Tensor, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,9 @@ LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 def spoken(module: nn.Module) -> str:
     """What kind of layer that is, in a pattern's name."""
-    names = {nn.Linear: "Linear"} | dict.fromkeys(CONVOLUTIONS, "Conv") | dict.fromkeys(TRANSPOSED, "ConvTranspose")
+    names: dict[type, str] = (
+        {nn.Linear: "Linear"} | dict.fromkeys(CONVOLUTIONS, "Conv") | dict.fromkeys(TRANSPOSED, "ConvTranspose")
+    )
     names |= dict.fromkeys(NORMS, "BatchNorm")
     return names.get(type(module), type(module).__name__)
 
@@ -35,22 +38,22 @@ def fold_norms(trials: Trials, flow: Flow) -> list[Rewrite]:
     behind = dict(_pairs(modules, flow, NORMS, LAYERS))
     rewrites, taken = [], set[str]()
     for norm in norms:
-        reasons = []
+        reasons: list[tuple[tuple[str, ...], str]] = []
         for first, second in ((before.get(norm), norm), (norm, behind.get(norm))):
             if first is None or second is None:
                 continue
-            where = (first, second)
             layer = second if first == norm else first
             reason = _why_not_folded(modules, flow, first, second) or (
                 f"another norm is folded into '{layer}'" if layer in taken else ""
             )
-            reasons.append((where, reason))
+            reasons.append(((first, second), reason))
             if not reason:
                 taken.add(layer)
                 rewrites.append(_folded(trials.model, first, second))
                 break
         else:
-            where, reason = reasons[0] if reasons else ((norm,), "no convolution or linear layer is next to it")
+            alone = (norm,), "no convolution or linear layer is next to it"
+            where, reason = reasons[0] if reasons else alone
             if flow.calls(norm):
                 trials.refuse("+".join(spoken(modules[name]) for name in where), where, reason)
     return trials.make(rewrites)
@@ -73,7 +76,7 @@ def merge_layers(trials: Trials, flow: Flow) -> list[Rewrite]:
 
 
 def _pairs(
-    modules: dict[str, nn.Module], flow: Flow, first: tuple[type, ...], second: tuple[type, ...]
+    modules: dict[str, Any], flow: Flow, first: tuple[type, ...], second: tuple[type, ...]
 ) -> Iterator[tuple[str, str]]:
     """(module, one that reads its output), of those kinds: of a subclass nobody knows what it computes."""
     for name, module in modules.items():
@@ -83,7 +86,7 @@ def _pairs(
                     yield name, reader
 
 
-def _why_not_folded(modules: dict[str, nn.Module], flow: Flow, first: str, second: str) -> str:
+def _why_not_folded(modules: dict[str, Any], flow: Flow, first: str, second: str) -> str:
     norm_name, layer_name = (first, second) if type(modules[first]) in NORMS else (second, first)
     norm, layer = modules[norm_name], modules[layer_name]
     if norm.running_mean is None:
@@ -107,6 +110,8 @@ def _folded(model: nn.Module, first: str, second: str) -> Rewrite:
     norm_name, layer_name = (first, second) if is_before else (second, first)
 
     def change() -> None:
+        norm: Any
+        layer: Any
         norm, layer = model.get_submodule(norm_name), copy.deepcopy(model.get_submodule(layer_name))
         scale, shift = _affine(norm)
         weight = layer.weight.detach().double()
@@ -129,7 +134,7 @@ def _folded(model: nn.Module, first: str, second: str) -> Rewrite:
     return Rewrite("+".join(names), (first, second), change)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """(scale, shift) per channel of what `norm` computes when it does not train, float64."""
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
@@ -138,7 +143,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def _is_pointwise(module: nn.Module) -> bool:
+def _is_pointwise(module: Any) -> bool:
     """Whether it mixes features or channels and nothing else, place by place."""
     if type(module) not in CONVOLUTIONS:
         return type(module) is nn.Linear
@@ -147,7 +152,7 @@ def _is_pointwise(module: nn.Module) -> bool:
     return module.kernel_size == module.stride == ones and unpadded and module.groups == 1
 
 
-def _why_not_merged(modules: dict[str, nn.Module], flow: Flow, first: str, second: str) -> str:
+def _why_not_merged(modules: dict[str, Any], flow: Flow, first: str, second: str) -> str:
     one, two = modules[first], modules[second]
     if reason := flow.why_not_alone(first, second) or _shared(modules, first) or _shared(modules, second):
         return reason
@@ -159,6 +164,8 @@ def _why_not_merged(modules: dict[str, nn.Module], flow: Flow, first: str, secon
 
 def _merged(model: nn.Module, first: str, second: str) -> Rewrite:
     def change() -> None:  # V(Wx + b) + c = (V·W)x + (V·b + c)
+        layer: Any
+        two: Any
         layer, two = copy.deepcopy(model.get_submodule(first)), model.get_submodule(second)
         mixing = two.weight.detach().double().flatten(1)
         weight = torch.tensordot(mixing, layer.weight.detach().double(), dims=1)
@@ -175,14 +182,14 @@ def _merged(model: nn.Module, first: str, second: str) -> Rewrite:
     return Rewrite("+".join(names), (first, second), change)
 
 
-def _write(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def _write(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     kept = layer.weight
     layer.weight = nn.Parameter(weight.to(kept.dtype), requires_grad=kept.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(kept.dtype), requires_grad=kept.requires_grad)
 
 
-def _shared(modules: dict[str, nn.Module], name: str) -> str:
+def _shared(modules: dict[str, Any], name: str) -> str:
     """Why the weights of that layer cannot be replaced without enlarging the model; empty if they can."""
     own = {id(parameter) for parameter in modules[name].parameters()}
     for other, module in modules.items():

@@ -36,7 +36,9 @@ def activations(model: nn.Module, flow: Flow, with_norm: dict[str, str]) -> list
 def unread(model: nn.Module, flow: Flow) -> list[Opportunity]:
     """Layers with weights whose output nothing reads: the last ones of branches that only dropped outputs needed."""
     return [
-        Opportunity("Unread branch", (name,), "left to the runtime", "no output needs it; a captured graph leaves it out")
+        Opportunity(
+            "Unread branch", (name,), "left to the runtime", "no output needs it; a captured graph leaves it out"
+        )
         for name, module in model.named_modules()
         if flow.calls(name) and type(module) in LAYERS and not flow.readers(name)
     ]

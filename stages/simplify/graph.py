@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
     from optpipe.forms import ExportedFile
+    from optpipe.target import Target
 
 
 class Offline(Enum):
@@ -33,12 +34,12 @@ class Offline(Enum):
 class Graph:
     """Fold constants, drop what has no reader, join operators; the file with fewer bytes is kept.
 
-    By onnxslim (https://github.com/inisis/OnnxSlim) and, if asked for, ONNX Runtime's own optimisations before the model
-    is deployed, which it would otherwise do each time that it loads the file.
+    By onnxslim (https://github.com/inisis/OnnxSlim) and, if asked for, by ONNX Runtime's own optimisations, which it
+    would otherwise do each time that it loads the file.
     """
 
-    slim: bool = True
-    offline: Offline = Offline.none
+    slim: bool = True  # by onnxslim
+    offline: Offline = Offline.none  # by ONNX Runtime
 
     def __post_init__(self) -> None:
         if not self.slim and self.offline is Offline.none:
@@ -58,8 +59,12 @@ class Graph:
         _check(before, after)
         target = ctx.dir / FILE
         target.write_bytes(after.SerializeToString(deterministic=True))
-        same = parity.check(as_callable(model), as_callable(ExportedFile(target, "onnx")), ctx.task, precision=_kind(before))
-        sizes = [(path.stat().st_size, len(graph.graph.node)) for path, graph in ((model.path, before), (target, after))]
+        same = parity.check(
+            as_callable(model), as_callable(ExportedFile(target, "onnx")), ctx.task, precision=_kind(before)
+        )
+        sizes = [
+            (path.stat().st_size, len(graph.graph.node)) for path, graph in ((model.path, before), (target, after))
+        ]
         ctx.record(nodes_before=sizes[0][1], nodes=sizes[1][1], bytes_before=sizes[0][0], bytes=sizes[1][0])
         found = f"{sizes[0][1]} → {sizes[1][1]} operators, {sizes[0][0]} → {sizes[1][0]} bytes"
         if sizes[1] >= sizes[0]:
@@ -69,23 +74,30 @@ class Graph:
             ctx.note(f"{found}; {same.note()}")
         return ExportedFile(target, "onnx")
 
-    def _optimised(self, graph: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
-        import onnx
+    def problems(self, target: Target) -> list[str]:
+        if self.offline is Offline.extended and target.runtime != "onnxruntime":
+            return [f"offline=extended writes operators that {target.runtime} does not have; use offline=basic"]
+        return []
 
-        found = onnx.ModelProto()
-        found.CopyFrom(graph)
-        if self.slim:
-            found = _slimmed(found)
+    def _optimised(self, graph: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+        found = _slimmed(graph) if self.slim else graph
         return found if self.offline is Offline.none else _offline(found, self.offline, folder)
 
 
 def _slimmed(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """The smaller of two: constants that follow from others, such as scales of an int8 bias, may take more bytes."""
+    import onnx
     import onnxslim
 
-    try:
-        slimmed: onnx.ModelProto = onnxslim.slim(graph)
-    except Exception as error:  # its own and those of onnx
-        raise StageError(f"onnxslim cannot simplify this graph: {named_reason(error)}; set slim=false") from error
+    found = []
+    for skipped in ([], ["constant_folding"]):
+        copied = onnx.ModelProto()
+        copied.CopyFrom(graph)
+        try:
+            found.append(onnxslim.slim(copied, skip_optimizations=skipped or None))
+        except Exception as error:  # its own and those of onnx
+            raise StageError(f"onnxslim cannot simplify this graph: {named_reason(error)}; set slim=false") from error
+    slimmed: onnx.ModelProto = min(found, key=lambda proto: proto.ByteSize())
     return slimmed
 
 
@@ -98,16 +110,22 @@ def _offline(graph: onnx.ModelProto, level: Offline, folder: Path) -> onnx.Model
 
     levels = ort.GraphOptimizationLevel
     options = session_options(threads=1)
-    options.graph_optimization_level = {"basic": levels.ORT_ENABLE_BASIC, "extended": levels.ORT_ENABLE_EXTENDED}[level.value]
+    options.graph_optimization_level = {"basic": levels.ORT_ENABLE_BASIC, "extended": levels.ORT_ENABLE_EXTENDED}[
+        level.value
+    ]
     path = folder / "offline.onnx"
     options.optimized_model_filepath = str(path)
     try:
         ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return onnx.load(path)
+        found = onnx.load(path)
     except Exception as error:  # ONNX Runtime's errors share no public base class
         raise StageError(f"ONNX Runtime cannot optimise this graph: {named_reason(error)}; set offline=none") from error
     finally:
         path.unlink(missing_ok=True)
+    used = {node.domain for node in found.graph.node} | {""}
+    for version in [version for version in found.opset_import if version.domain not in used]:
+        found.opset_import.remove(version)
+    return found
 
 
 def _check(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
@@ -115,7 +133,9 @@ def _check(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     import onnx
 
     for name in ("input", "output"):
-        was, now = ([value.SerializeToString(deterministic=True) for value in getattr(g.graph, name)] for g in (before, after))
+        was, now = (
+            [value.SerializeToString(deterministic=True) for value in getattr(g.graph, name)] for g in (before, after)
+        )
         if was != now:
             said = [f"{', '.join(value.name for value in getattr(g.graph, name))}" for g in (before, after)]
             raise StageError(f"the graph's {name}s changed, from {said[0]} to {said[1]}, or in type or shape")

@@ -74,15 +74,18 @@ def keep_tensors(model: nn.Module) -> None:
 
 def why_not_tensors(samples: list[Any]) -> str:
     """Why what is no tensor cannot be taken out of what a model returns; empty if it can."""
-    if any(isinstance(part, tuple) and hasattr(part, "_fields") or is_dataclass(part) and not isinstance(part, Mapping)
-           for part in _containers(samples[0])):  # fmt: skip
+    if any(map(_is_record, _containers(samples[0]))):
         return "it is in a dataclass or named tuple"
-    ways = [[way for way, _ in named_tensors(value)] for value in samples]
+    ways = [ways_to_tensors(value) for value in samples]
     if not ways[0]:
         return "nothing else is returned"
     if other := next((way for way in ways if way != ways[0]), None):
         return f"{len(ways[0])} tensors are returned for some inputs and {len(other)} for others"
     return ""
+
+
+def ways_to_tensors(value: Any) -> list[str]:
+    return [way for way, _ in named_tensors(value)]
 
 
 def dropped_table(sample: Any, places: list[str]) -> Table:
@@ -106,7 +109,7 @@ def _become(model: nn.Module, ways: dict[str, list[Step]] | None) -> None:
             f"a {type(model).__name__} is a graph already, whose outputs cannot be selected; give the module behind it"
         )
     model.__dict__["_ways"] = ways
-    model.__class__ = _class(type(model))
+    model.__class__ = _class(type(model))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -119,11 +122,12 @@ def _class(original: type[nn.Module]) -> type[nn.Module]:
         found = {name: _at(value, steps) for name, steps in self._ways.items()}
         return next(iter(found.values())) if len(found) == 1 else found
 
-    return type(f"Selected{original.__name__}", (Selected, original), {"forward": forward})
+    made: type[nn.Module] = type(f"Selected{original.__name__}", (Selected, original), {"forward": forward})
+    return made
 
 
 def _empty(original: type[nn.Module]) -> nn.Module:
-    made = _class(original)
+    made = _class(original)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -164,6 +168,11 @@ def _steps(value: Any, way: str = "", steps: tuple[Step, ...] = ()) -> Iterator[
         yield way, list(steps)
     for step, part in parts:
         yield from _steps(part, f"{way}.{step[1]}" if way else str(step[1]), (*steps, step))
+
+
+def _is_record(value: Any) -> bool:
+    """Whether fields of `value` cannot be left out."""
+    return hasattr(value, "_fields") or (is_dataclass(value) and not isinstance(value, Mapping))
 
 
 def _containers(value: Any) -> Iterator[Any]:

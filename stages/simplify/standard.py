@@ -86,11 +86,13 @@ class Standard:
                 ctx.note(f"what is no tensor stays among the outputs: {reason}; name those that matter in `outputs`")
             else:
                 outputs.keep_tensors(model)
-                _report_dropped(samples[0], [way for way, _ in outputs.named_tensors(samples[0])], ctx)
+                _report_dropped(samples[0], outputs.ways_to_tensors(samples[0]), ctx)
                 samples = [outputs.tensors_only(value) for value in samples]
         trials = Trials(model, batches, samples, self.tolerance)
         if (worst := trials.difference()) > self.tolerance:
-            raise StageError(f"two passes over the same inputs differ by {worst:.2g} of their range: nothing can be proven")
+            raise StageError(
+                f"two passes over the same inputs differ by {worst:.2g} of their range: nothing can be proven"
+            )
         return trials
 
     def _plain(self, trials: Trials) -> list[Rewrite]:
@@ -100,7 +102,7 @@ class Standard:
 
         made = materialise(trials) if self.materialise else []
         if self.use_sdpa:
-            made += use_sdpa_of_transformers(trials)
+            made += use_sdpa_of_transformers(trials, trials.flow())
             flow = trials.flow()
             made += drop_weights(trials, flow) + use_sdpa(trials, flow)
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize, remove_spectral_norm, remove_weight_norm
@@ -23,13 +24,15 @@ def drop_dropout(trials: Trials) -> list[str]:
 
 
 def drop_identities(trials: Trials) -> list[str]:
-    """Replace pooling over single places, and take identities out of every Sequential, where the others keep their
-    names; return the names of those that went."""
+    """Replace pooling over single places, and take identities out of every Sequential; return the names of both.
+
+    What stays in a Sequential keeps its name.
+    """
     dropped = _by_identities(trials, _is_pooling_of_one)
     rewrites = []
     for name, chain in trials.model.named_modules():
         gone = [child for child, module in chain.named_children() if type(module) is nn.Identity]
-        if isinstance(chain, nn.Sequential) and type(chain).forward is nn.Sequential.forward and 0 < len(gone) < len(chain):
+        if type(chain).forward is nn.Sequential.forward and 0 < len(gone) < len(chain._modules):
             where = tuple(f"{name}.{child}" if name else child for child in gone)
             rewrites.append(Rewrite("Identity", where, _leave_out(chain, gone)))
     return list(dict.fromkeys([*dropped, *(name for rewrite in trials.make(rewrites) for name in rewrite.where)]))
@@ -66,9 +69,9 @@ def _by_identities(trials: Trials, chosen: Callable[[nn.Module], bool]) -> list[
     return [name for rewrite in trials.make(rewrites) for name in rewrite.where]
 
 
-def _is_pooling_of_one(module: nn.Module) -> bool:
+def _is_pooling_of_one(module: Any) -> bool:
     def are(value: object, number: int) -> bool:
-        return value == number or isinstance(value, tuple) and set(value) == {number}
+        return value == number or (isinstance(value, tuple) and set(value) == {number})
 
     if type(module) not in POOLINGS or getattr(module, "return_indices", False):
         return False
@@ -76,7 +79,7 @@ def _is_pooling_of_one(module: nn.Module) -> bool:
     return are(module.kernel_size, 1) and are(module.stride, 1) and are(module.padding, 0) and divisor
 
 
-def _leave_out(chain: nn.Sequential, children: list[str]) -> Callable[[], None]:
+def _leave_out(chain: nn.Module, children: list[str]) -> Callable[[], None]:
     def change() -> None:
         for child in children:
             delattr(chain, child)
@@ -95,5 +98,7 @@ def _stored(model: nn.Module, name: str) -> Callable[[], None]:
 
 
 def _unhooked(module: nn.Module, hook: WeightNorm | SpectralNorm) -> Callable[[], None]:
-    remove = remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm
-    return lambda: remove(module, hook.name) and None
+    def change() -> None:
+        (remove_weight_norm if isinstance(hook, WeightNorm) else remove_spectral_norm)(module, hook.name)
+
+    return change

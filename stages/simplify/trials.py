@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from optpipe.errors import StageError, named_reason
 from optpipe.parity import BATCH_SIZES
 from optpipe.report.schema import Table
-from optpipe.task import Inputs, Task, batch_of, call, leaves
+from optpipe.task import Inputs, Task, batch_of, call, leaves, size_of
 
 from .flow import Flow
+
+MOST = 32  # samples in a batch
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,18 @@ class Trials:
     tolerance: float
     refused: dict[tuple[str, tuple[str, ...]], Opportunity] = field(default_factory=dict)
 
+    _flow: Flow | None = None
+
     def flow(self) -> Flow:
-        """What reads what now."""
-        return Flow.of(self.model, self.batches)
+        """What reads what now, seen on the small batches."""
+        if self._flow is None:
+            self._flow = Flow.of(self.model, self.small)
+        return self._flow
+
+    @property
+    def small(self) -> list[Inputs]:
+        """Those of `batches` that take little time."""
+        return [inputs for inputs in self.batches if size_of(inputs) <= max(BATCH_SIZES)] or self.batches[:1]
 
     def make(self, rewrites: Sequence[Rewrite]) -> list[Rewrite]:
         """Make all of them at once if that holds, else one by one; return those that were made."""
@@ -87,7 +99,7 @@ class Trials:
 
     def _attempt(self, rewrites: Sequence[Rewrite]) -> str:
         """Make them; undo them and return the reason if that cannot be done, or the outputs change."""
-        before = _Structure(self.model)
+        before, self._flow = _Structure(self.model), None
         try:
             for rewrite in rewrites:
                 rewrite.change()
@@ -104,12 +116,11 @@ class Trials:
 
 
 def samples_of(task: Task) -> list[Inputs]:
-    """Inputs that a rewrite must hold on: the example's, and of validation and calibration one, a few, and a batch."""
+    """Inputs that a rewrite must hold on: the example's; one, a few and more of validation; as many of calibration."""
     batches = [task.example_inputs]
-    for split in (task.validation, task.calibration):
-        for inputs, _ in split:
-            batches += [batch_of(inputs, size) for size in BATCH_SIZES if split is task.validation] + [inputs]
-            break
+    for split, sizes in ((task.validation, (*BATCH_SIZES, MOST)), (task.calibration, (MOST,))):
+        for inputs, _ in itertools.islice(split, 1):
+            batches += [batch_of(inputs, min(size, size_of(inputs))) for size in sizes]
     return batches
 
 
