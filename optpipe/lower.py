@@ -138,7 +138,7 @@ def _write(model: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Non
         proto = onnx.load(path, load_external_data=False)
     else:
         proto = ir.to_proto(model)
-    _strip(proto)
+    strip(proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
@@ -169,7 +169,7 @@ def _name_batch_dimension(model: onnx_ir.Model) -> None:
             value.shape = ir.Shape(["batch", *value.shape[1:]])
 
 
-def _strip(proto: Any) -> None:
+def strip(proto: Any) -> None:
     """Remove names, source paths and stack traces that only debuggers read: most of a small model's file."""
     for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         holder.ClearField("metadata_props")
