@@ -20,7 +20,12 @@ from optpipe.tracking import Tracking
 
 CONFIG = "config.json"
 OF_ANY_FORM = ("quality_drop", "size_bytes", "size_ratio")  # limits on what needs no runtime
-SPOKEN = {"torch": "a torch module", "program": "an exported program", "onnx": "an ONNX file"}
+SPOKEN = {
+    "torch": "a torch module",
+    "program": "an exported program",
+    "torchscript": "a TorchScript module",
+    "onnx": "an ONNX file",
+}
 
 
 @dataclass(frozen=True)

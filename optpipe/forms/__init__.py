@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-FORMS = ("torch", "program", "onnx")
+FORMS = ("torchscript", "torch", "program", "onnx")  # a ScriptModule is an nn.Module too
 
 
 @dataclass(frozen=True)
