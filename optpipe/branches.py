@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,7 +25,9 @@ ALWAYS = ("a batch of 1", "a batch of 3", "real samples")  # that every model mu
 Model = Callable[..., Any]
 
 
-def compare(model: Model, captured: Model, task: Task, *, precision: str, shorter: Callable[[Inputs], Inputs] | None = None) -> int:
+def compare(
+    model: Model, captured: Model, task: Task, *, precision: str, shorter: Callable[[Inputs], Inputs] | None = None
+) -> int:
     """Run both on real samples and on those made of them; return how many kinds of inputs agreed.
 
     precision: what they compute in, a key of TOLERANCE.
@@ -47,14 +50,20 @@ def compare(model: Model, captured: Model, task: Task, *, precision: str, shorte
         try:
             found = _outputs(captured, inputs, task)
         except Exception as error:
-            raise StageError(f"the graph does not run on {kind}, which the model takes: {named_reason(error)}") from error
+            raise StageError(
+                f"the graph does not run on {kind}, which the model takes: {named_reason(error)}"
+            ) from error
         shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, found)]
         if shapes[0] != shapes[1]:
-            raise StageError(f"the capture baked in a branch or a size: on {kind} outputs have shapes {shapes[1]}, not {shapes[0]}")
+            raise StageError(
+                f"the capture baked in a branch or a size: on {kind} outputs have shapes {shapes[1]}, not {shapes[0]}"
+            )
         worst = max(_difference(a, b) for a, b in zip(expected, found, strict=True))
         if worst > TOLERANCE[precision]:
             if _disagrees_with_itself(model, inputs, expected, task, precision):
-                raise StageError("the model gives other outputs each time, from Python's random or a clock, and a graph cannot")
+                raise StageError(
+                    "the model gives other outputs each time, from Python's random or a clock, and a graph cannot"
+                )
             raise StageError(f"the capture baked in a branch: on {kind} outputs differ by {worst:.2g} of their range")
         agreed += 1
     return agreed
@@ -74,24 +83,37 @@ def _inputs(task: Task, shorter: Callable[[Inputs], Inputs] | None) -> Iterator[
     tensors = tensors_in(inputs)
     generator = torch.Generator().manual_seed(0)
     if any(tensor.is_floating_point() for tensor in tensors):
-        for kind, change in _CHANGES.items():
-            yield f"real samples {kind}", map_tensors(lambda t, f=change: f(t) if t.is_floating_point() else t, inputs)
-    for place, tensor in enumerate(tensors):
+        for kind, change in CHANGES.items():
+            yield f"real samples {kind}", map_tensors(partial(_only, change, torch.is_floating_point), inputs)
+    for tensor in tensors:
         order = torch.randperm(tensor.numel(), generator=generator)
-        mixed = iter([t.flatten()[order].view_as(t) if i == place else t for i, t in enumerate(tensors)])
-        yield "real samples with their values shuffled", map_tensors(lambda _, it=mixed: next(it), inputs)
-    if any(not tensor.is_floating_point() for tensor in tensors):
-        for kind, pick in (("smallest", torch.amin), ("largest", torch.amax)):
-            yield f"the {kind} integers", map_tensors(
-                lambda t, f=pick: t if t.is_floating_point() or t.dtype is torch.bool else f(t).expand_as(t).clone(), inputs
-            )
+        yield "real samples with their values shuffled", map_tensors(partial(_shuffled, tensor, order), inputs)
+    if any(map(_is_integer, tensors)):
+        for kind, change in EXTREMES.items():
+            yield f"the {kind} integers", map_tensors(partial(_only, change, _is_integer), inputs)
 
 
-_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+def _shuffled(which: Tensor, order: Tensor, tensor: Tensor) -> Tensor:
+    return tensor.flatten()[order].view_as(tensor) if tensor is which else tensor
+
+
+def _only(change: Callable[[Tensor], Tensor], where: Callable[[Tensor], bool], tensor: Tensor) -> Tensor:
+    return change(tensor) if where(tensor) else tensor
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype is not torch.bool
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "negated": lambda tensor: -tensor,
     "set to zero": torch.zeros_like,
     "times 10": lambda tensor: tensor * 10,
     "times 0.1": lambda tensor: tensor * 0.1,
+}
+EXTREMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "smallest": lambda tensor: tensor.amin().expand_as(tensor).clone(),
+    "largest": lambda tensor: tensor.amax().expand_as(tensor).clone(),
 }
 
 

@@ -28,7 +28,6 @@ from optpipe.reasons import explain, innermost, line_of, lines_told, values_read
 from optpipe.task import Inputs, Task, arguments, batch_of, call, leaves, map_tensors, parts_of, select
 
 MAX_BATCH = 65536
-Way = tuple[str, ...]  # from a return value to one of its parts
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,12 @@ def capture(
             module.train(training)
         try:
             with silence():
-                program = torch.export.export(
-                    module, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(module, args, kwargs), strict=strict
-                )
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict  # type: ignore[arg-type])
         except Exception as error:  # torch.export raises dozens of types for what a model may not do
             raise StageError(_reason(error, model)) from error
+    if task.outputs:  # what led only to the others is not computed
+        program.graph.eliminate_dead_code()
+        program.graph_module.recompile()
     return program
 
 
@@ -75,8 +75,8 @@ def giving_tensors(model: nn.Module, example: Inputs, outputs: Sequence[str] = (
     if isinstance(model, fx.GraphModule):
         yield model
         return
-    kept = _kept(model, example, outputs)
-    if kept is None:
+    kept, signature = _kept(model, example, outputs), _signature(model, example)
+    if kept is None and signature is None:
         yield model
         return
     kind = type(model)
@@ -84,9 +84,13 @@ def giving_tensors(model: nn.Module, example: Inputs, outputs: Sequence[str] = (
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         found = kind.forward(self, *args, **kwargs)
+        if kept is None:
+            return found
         picked = {name: _at(found, way) for name, way in kept.items()}
         return next(iter(picked.values())) if len(picked) == 1 else picked
 
+    if signature:
+        forward.__signature__ = signature  # type: ignore[attr-defined]
     # a class of its own for a while: a module around the model would change the names of all its parts
     model.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
     try:
@@ -95,8 +99,19 @@ def giving_tensors(model: nn.Module, example: Inputs, outputs: Sequence[str] = (
         model.__class__ = kind
 
 
+def _signature(model: nn.Module, example: Inputs) -> inspect.Signature | None:
+    """With the inputs that `forward` takes by `**kwargs` as inputs of their own; None where there are none.
+
+    torch 2.13 finds no free sizes among `**kwargs`.
+    """
+    if not isinstance(example, dict) or set(example) <= set(inspect.signature(model.forward).parameters):
+        return None
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([own, *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in example)])
+
+
 def _kept(model: nn.Module, example: Inputs, outputs: Sequence[str]) -> dict[str, tuple[Any, ...]] | None:
-    """The tensors to keep of what `model` returns, by name, each with the way there; None where nothing is to change."""
+    """The tensors to keep of what `model` returns, by name, each with the way there; None if nothing is to change."""
     was_training = model.training
     model.eval()
     try:
@@ -104,15 +119,18 @@ def _kept(model: nn.Module, example: Inputs, outputs: Sequence[str]) -> dict[str
             found = call(model, copy.deepcopy(example))
     except Exception as error:  # the user's own model
         line = line_of(error, model)
+        where = f", at {line}" if line else ""
         raise StageError(
-            f"the model does not run on two of its example inputs: {named_reason(error)}{f', at {line}' if line else ''}"
+            f"the model does not run on two of its example inputs: {named_reason(error)}{where}"
         ) from error
     finally:
         model.train(was_training)
     parts = {way: (keys, leaf) for way, keys, leaf in _walk(found)}
     tensors = {way: keys for way, (keys, leaf) in parts.items() if isinstance(leaf, Tensor)}
     if not tensors:
-        raise StageError(f"the model returns no tensor but {', '.join(type(leaf).__name__ for _, leaf in leaves(found))}")
+        raise StageError(
+            f"the model returns no tensor but {', '.join(type(leaf).__name__ for _, leaf in leaves(found))}"
+        )
     if outputs:
         chosen = [(name, way) for name, (way, _) in zip(outputs, select(found, outputs), strict=True)]
         if [way for _, way in chosen] == list(parts) and _is_plain(found):
@@ -122,7 +140,7 @@ def _kept(model: nn.Module, example: Inputs, outputs: Sequence[str]) -> dict[str
 
 
 def _walk(value: Any, way: str = "", keys: tuple[Any, ...] = ()) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
-    """`leaves` of `value`, each also with the keys that lead there: (True, key) by index, (False, name) by attribute."""
+    """`leaves` of `value`, each with the keys that lead there too: (True, key) by index, (False, name) by attribute."""
     parts = parts_of(value)
     if parts is None:
         yield way, keys, value
@@ -163,7 +181,7 @@ def _shapes(model: nn.Module, example: Inputs, free: Free) -> ShapesCollection:
     """What of the shape of each input stays free. Raises StageError if `free` names what is not there."""
     args, kwargs = arguments(example)
     tensors = dict(zip(input_names(model, example), [*args, *kwargs.values()], strict=True))
-    batch, shapes = Dim("batch", min=1, max=MAX_BATCH), ShapesCollection()
+    batch, shapes = Dim("batch", min=1, max=MAX_BATCH), ShapesCollection()  # type: ignore[no-untyped-call]
     for name, dimensions in free.dimensions.items():
         if name not in tensors:
             raise StageError(
@@ -175,8 +193,8 @@ def _shapes(model: nn.Module, example: Inputs, free: Free) -> ShapesCollection:
                 raise StageError(f"dynamic names dimension {dimension} of '{name}', whose shape is {shape}")
             if shape[dimension] < 2:
                 raise StageError(
-                    f"dimension {dimension} of '{name}' is {shape[dimension]} in the example inputs, and a size of 0 or "
-                    "1 cannot stay free; give examples with at least 2"
+                    f"dimension {dimension} of '{name}' is {shape[dimension]} in the example inputs, and a size of 0 "
+                    "or 1 cannot stay free; give examples with at least 2"
                 )
     for name, tensor in tensors.items():
         sizes: dict[int, Any] = {0: batch} if tensor.dim() else {}
@@ -196,14 +214,14 @@ def _reason(error: Exception, model: nn.Module) -> str:
     fixed = re.search(r"You marked (\S+) as dynamic but your code specialized it to be a constant \((\d+)\)", said)
     if fixed and fixed[1] == "batch":
         return (
-            f"the batch size becomes a fixed number{where}, as by len(tensor), int(tensor.shape[0]) or a size written in "
-            "view or expand; use tensor.shape[0]"
+            f"the batch size becomes a fixed number{where}, as by len(tensor), int(tensor.shape[0]) or a size written "
+            "in view or expand; use tensor.shape[0]"
         )
     if fixed:
         name, dimension = re.findall(r"(\w+)'\]\.size\(\)\[(\d+)", fixed[1])[-1]
         return (
-            f"dimension {dimension} of '{name}' cannot stay free: the model fixes it at {fixed[2]}{where}; take it out of "
-            f"dynamic, or use {name}.shape[{dimension}] there"
+            f"dimension {dimension} of '{name}' cannot stay free: the model fixes it at {fixed[2]}{where}; take it out "
+            f"of dynamic, or use {name}.shape[{dimension}] there"
         )
     detail = next((text.strip(" -") for text in said.splitlines()[1:] if text.strip()), said)
     return f"a size cannot stay free{where}: {detail}"
@@ -213,7 +231,7 @@ def sizes(program: ExportedProgram, model: nn.Module, example: Inputs) -> dict[s
     """The dimensions that are free beside the batch, in words, with the smallest and largest that the graph takes."""
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     tensors = [placeholders[name] for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for name, tensor in zip(input_names(model, example), tensors, strict=False):
         for dimension, size in enumerate(tensor.shape[1:] if isinstance(tensor, Tensor) else ()):
             if isinstance(size, torch.SymInt):
@@ -225,7 +243,6 @@ def sizes(program: ExportedProgram, model: nn.Module, example: Inputs) -> dict[s
 
 def shortened(model: nn.Module, inputs: Inputs, free: Free) -> Inputs:
     """`inputs` with half the size, or the smallest, in every dimension of `free`."""
-    args, kwargs = arguments(inputs)
     names = iter(input_names(model, inputs))
 
     def cut(tensor: Tensor) -> Tensor:
@@ -242,7 +259,7 @@ def changed_inputs(program: ExportedProgram, model: nn.Module) -> dict[str, str]
     inputs = set(program.graph_signature.user_inputs)
     found: dict[str, str] = {}
     for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
+        schema: Any = getattr(node.target, "_schema", None)
         written = node.args[0] if schema is not None and node.args else None
         if isinstance(written, fx.Node) and written.name in inputs:
             alias = schema.arguments[0].alias_info
@@ -270,7 +287,7 @@ def trace(model: nn.Module, task: Task, *, strict: bool) -> ScriptModule:
                 )
         try:
             with silence(), torch.no_grad():
-                found = torch.jit.trace(
+                found = torch.jit.trace(  # type: ignore[no-untyped-call]
                     module, args or None, example_kwarg_inputs=kwargs or None, strict=strict, check_trace=False
                 )
         except Exception as error:  # torch.jit raises whatever it meets

@@ -49,7 +49,7 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
         "use the function of torch",
     ),
     (
-        r"data-dependent expression|specialized integer|unbacked|aten\._local_scalar_dense|\.item\(\)|DataDependentOutput",
+        r"data-dependent expression|specialized integer|unbacked|aten\._local_scalar_dense|\.item\(\)|DataDependent",
         "a Python number is made of a tensor's values, as by .item(), int(), float() or .tolist()",
         "keep it a tensor, or a setting of the model; a shape must not depend on values",
     ),
@@ -64,7 +64,7 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
         "write its forward with torch's operators",
     ),
     (
-        r"is not a supported|does not know how to trace|Failed to trace builtin|marked as skipped|Unsupported function call",
+        r"is not a supported|does not know how to trace|Failed to trace builtin|marked as skipped|Unsupported func",
         "Python is called that is not torch's, such as files, clocks, random or logging",
         "move it out of forward",
     ),
@@ -85,7 +85,7 @@ REMEDIES: tuple[tuple[str, str, str], ...] = (
         "give forward named inputs",
     ),
     (
-        r"could not be inferred|inferred to be|Expected (a value|integer|type)|Unknown type|has no attribute|not subscriptable",
+        r"could not be inferred|inferred to be|Expected (a value|integer|type)|Unknown type|not subscriptable",
         "TorchScript compiles only what has one static type",
         "annotate the types, or let torch.export capture the model",
     ),

@@ -7,7 +7,7 @@ captured is compared with the model on real samples, and on inputs made of them 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.jit import ScriptModule
 
     from optpipe.capture import Free
+    from optpipe.task import Inputs
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class TorchScript:
         return _first_that_works(ways, lambda found: _compare(model, found, ctx), ctx)
 
 
-def _first_that_works(ways: dict[str, Callable[[], T]], prove: Callable[[T], None], ctx: Context) -> T:
+def _first_that_works(ways: Mapping[str, Callable[[], T]], prove: Callable[[T], None], ctx: Context) -> T:
     """What the first of `ways` captures that passes `prove`. Raises StageError with the reasons of all."""
     reasons: dict[str, list[str]] = {}
     for way, capture in ways.items():
@@ -103,7 +104,9 @@ def _first_that_works(ways: dict[str, Callable[[], T]], prove: Callable[[T], Non
         ctx.attempt(way, ok=True, seconds=time.perf_counter() - begin)
         return found
     told = sorted(reasons, key=lambda reason: ", `" not in reason)  # those that name a line of the source first
-    raise StageError("\n  - ".join(["this model cannot be captured:", *(f"{' and '.join(reasons[r])}: {r}" for r in told)]))
+    raise StageError(
+        "\n  - ".join(["this model cannot be captured:", *(f"{' and '.join(reasons[r])}: {r}" for r in told)])
+    )
 
 
 def _same_program(program: ExportedProgram, model: nn.Module, ctx: Context, free: Free) -> None:
@@ -119,7 +122,9 @@ def _same_program(program: ExportedProgram, model: nn.Module, ctx: Context, free
     _compare(model, program.module(), ctx, partial(shortened, model, free=free) if free.dimensions else None)
 
 
-def _compare(model: nn.Module, captured: Callable[..., object], ctx: Context, shorter: Callable[..., object] | None = None) -> None:
+def _compare(
+    model: nn.Module, captured: Callable[..., object], ctx: Context, shorter: Callable[[Inputs], Inputs] | None = None
+) -> None:
     """Raise StageError where the two differ, naming the lines of the model that make Python values of tensors."""
     from optpipe import branches, parity
     from optpipe.reasons import values_read
@@ -129,7 +134,9 @@ def _compare(model: nn.Module, captured: Callable[..., object], ctx: Context, sh
         agreed = branches.compare(model, captured, ctx.task, precision=parity.precision(model), shorter=shorter)
     except StageError as error:
         lines = [f"{reader} at {line}" for reader, line in values_read(model, ctx.task.example_inputs)]
-        raise StageError(f"{error}; it reads values of tensors by {', '.join(lines)}" if lines else str(error)) from error
+        raise StageError(
+            f"{error}; it reads values of tensors by {', '.join(lines)}" if lines else str(error)
+        ) from error
     ctx.record(kinds_of_inputs_compared=agreed)
 
 

@@ -1,4 +1,4 @@
-"""Networks as people write them, by name, each with four samples: what simplify, trace and export must carry out of Python.
+"""Networks as people write them, by name, each with four samples, and their way out of Python.
 
 Those that no way captures hold a comment `# here` in the line that says why.
 """
@@ -112,7 +112,9 @@ class Inception(nn.Module):
             {
                 "point": conv(16, 16, 1),
                 "wide": nn.Sequential(conv(16, 8, 1), conv(8, 16, 5)),
-                "split": nn.Sequential(nn.Conv2d(16, 16, (1, 3), padding=(0, 1)), nn.Conv2d(16, 16, (3, 1), padding=(1, 0))),
+                "split": nn.Sequential(
+                    nn.Conv2d(16, 16, (1, 3), padding=(0, 1)), nn.Conv2d(16, 16, (3, 1), padding=(1, 0))
+                ),
                 "pool": nn.Sequential(nn.AvgPool2d(3, 1, padding=1), conv(16, 16, 1)),
             }
         )  # fmt: skip
@@ -246,7 +248,9 @@ class Windows(nn.Module):
         size = self.size
         x = x.view(batch, height // size, size, width // size, size, channels).transpose(2, 3)
         x = x.reshape(-1, size * size, channels)
-        query, key, value = self.mix(x).view(x.shape[0], -1, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.mix(x).view(x.shape[0], -1, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
+        )
         scores = query @ key.transpose(-2, -1) * (channels // self.heads) ** -0.5
         scores = scores + self.table[self.places].permute(2, 0, 1)
         x = self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
@@ -281,7 +285,12 @@ class Rotary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens, self.query, self.key_value = nn.Embedding(VOCABULARY, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-        self.out, self.gate, self.up, self.down = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.out, self.gate, self.up, self.down = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 64),
+            nn.Linear(32, 64),
+            nn.Linear(64, 32),
+        )
         self.scale = nn.Parameter(torch.ones(32))
         self.register_buffer("frequencies", 10000.0 ** (-torch.arange(0, 8, 2) / 8), persistent=False)
 
@@ -330,7 +339,11 @@ class Recurrent(nn.Module):
 
     def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
-        self.tokens, self.body, self.head = nn.Embedding(VOCABULARY, 16), kind(16, 24, 2, batch_first=True), nn.Linear(24, 4)
+        self.tokens, self.body, self.head = (
+            nn.Embedding(VOCABULARY, 16),
+            kind(16, 24, 2, batch_first=True),
+            nn.Linear(24, 4),
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         state = torch.zeros(2, tokens.size(0), 24)
@@ -646,6 +659,10 @@ def language_model(kind: str, **settings: Any) -> nn.Module:
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+GPT = {
+    "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 
 
@@ -731,11 +748,11 @@ TRANSFORMERS: dict[str, Network] = {
     ),
     "roberta": Network(lambda: language_model("Roberta", **SMALL, **TEXT), sentence, "RoBERTa, classes of tokens"),
     "gpt2": Network(
-        lambda: language_model("GPT2", n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64, use_cache=False),
+        lambda: language_model("GPT2", use_cache=False, **GPT),
         sentence, "GPT-2 without a cache",
     ),
     "gpt2 with a cache": Network(
-        lambda: language_model("GPT2", n_embd=32, n_layer=2, n_head=2, vocab_size=VOCABULARY, n_positions=64), sentence,
+        lambda: language_model("GPT2", **GPT), sentence,
         "GPT-2 as it comes, which returns its cache too", ("logits",),
     ),
     "llama": Network(
@@ -749,7 +766,9 @@ TRANSFORMERS: dict[str, Network] = {
         lambda: language_model("ViT", image_size=16, patch_size=4, **SMALL), lambda: {"pixel_values": images()}, "ViT"
     ),
     "swin": Network(
-        lambda: language_model("Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4),
+        lambda: language_model(
+            "Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4
+        ),
         lambda: images(32), "Swin",
     ),
     "whisper encoder": Network(
@@ -758,12 +777,17 @@ TRANSFORMERS: dict[str, Network] = {
         lambda: torch.randn(SAMPLES, 8, 32), "Whisper's encoder",
     ),
     "wav2vec": Network(
-        lambda: language_model("Wav2Vec2", conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3],
-                               num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_feat_extract_layers=2, **SMALL),
+        lambda: language_model(
+            "Wav2Vec2", conv_dim=[16, 16], conv_stride=[5, 2], conv_kernel=[10, 3], num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4, num_feat_extract_layers=2, **SMALL,
+        ),
         lambda: torch.randn(SAMPLES, 800), "wav2vec 2.0, sound to features",
     ),
     "clip": Network(
-        lambda: language_model("CLIP", text_config={**SMALL, **TEXT}, vision_config={**SMALL, "image_size": 16, "patch_size": 4}, projection_dim=16),
+        lambda: language_model(
+            "CLIP", text_config={**SMALL, **TEXT}, vision_config={**SMALL, "image_size": 16, "patch_size": 4},
+            projection_dim=16,
+        ),
         lambda: {**sentence(), "pixel_values": images()}, "CLIP, texts and images",
         ("logits_per_image", "text_embeds", "image_embeds"),
     ),
@@ -779,7 +803,7 @@ class Carried:
     operators: int = 0
     parity: str = ""
     reasons: tuple[str, ...] = ()
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the processor
 
     @property
     def is_exported(self) -> bool:
@@ -788,7 +812,7 @@ class Carried:
 
 def carry(name: str, folder: Path) -> Carried:
     """One network through simplify, trace/program and export/onnx, its outputs compared with those of the original."""
-    network, begin = {**NETWORKS, **TRANSFORMERS}[name], time.perf_counter()
+    network, begin = {**NETWORKS, **TRANSFORMERS}[name], time.process_time()
     model, task, carried = network.network(), network.task(), Carried(name)
     ctx = Context(
         dir=folder, task=task, target=Target(), baseline=model, device="cpu", seed=0, measurer=None,
@@ -802,5 +826,5 @@ def carry(name: str, folder: Path) -> Carried:
         carried.reasons = (str(error),)
     carried.way = next((attempt.method for attempt in ctx.attempts if attempt.ok), "")
     carried.reasons += tuple(f"{attempt.method}: {attempt.reason}" for attempt in ctx.attempts if not attempt.ok)
-    carried.seconds = time.perf_counter() - begin
+    carried.seconds = time.process_time() - begin
     return carried

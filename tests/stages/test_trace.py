@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,7 +94,7 @@ class Structured(nn.Module):
 
 
 def line_of(kind: type, text: str) -> str:
-    """"file:line, `text`" of the first line of this file in `kind` that holds `text`."""
+    """ "file:line, `text`" of the first line of this file in `kind` that holds `text`."""
     with open(__file__) as file:
         lines = file.read().splitlines()
     start = lines.index(next(line for line in lines if line.startswith(f"class {kind.__name__}")))
@@ -130,7 +131,7 @@ def test_a_branch_on_values_names_its_line_and_the_remedy(context) -> None:
 
 
 def test_a_capture_that_computes_something_else_is_refused(context) -> None:
-    with pytest.raises(StageError, match="baked in a branch: on a batch of 1 outputs differ by 0.33 of their range"):
+    with pytest.raises(StageError, match=r"baked in a branch: on a batch of 1 outputs differ by 0\.33 of their"):
         Program().run(Pretends(), context(Pretends()))
 
 
@@ -173,11 +174,11 @@ def test_a_dimension_that_the_model_fixes_is_named_with_its_line(context) -> Non
     ("dynamic", "said"),
     [
         ({"imag": [2]}, "dynamic names the input 'imag'; did you mean 'image'?; this model takes image"),
-        ({"image": [4]}, r"dimension 4 of 'image', whose shape is \(2, 3, 8, 8\)"),
+        ({"image": [4]}, "dimension 4 of 'image', whose shape is (2, 3, 8, 8)"),
     ],
 )
 def test_dynamic_must_name_what_is_there(dynamic, said, context) -> None:
-    with pytest.raises(StageError, match=said):
+    with pytest.raises(StageError, match=re.escape(said)):
         Program(dynamic=dynamic).run(Sequence(), context(Sequence()))
 
 
@@ -211,13 +212,15 @@ def test_a_graph_gives_only_the_outputs_that_the_task_names(context, task) -> No
     for mixed in (True, False):
         program = Program().run(Structured(mixed), context(Structured(mixed)))
         torch.testing.assert_close(program.module()(task.example_inputs), task.example_inputs.mean((2, 3)))
-        assert not program.state_dict or "linear" not in program.graph_module.code  # what else it returned is not computed
+        assert "aten.linear" not in program.graph_module.code  # what led to the others is not computed
 
 
 def test_torchscript_traces_what_has_no_branch(model, context, task, tmp_path) -> None:
     ctx = context(model)
     traced = TorchScript().run(model, ctx)
-    assert form_of(traced) is form("torchscript") and [attempt.method for attempt in ctx.attempts] == ["torch.jit.trace"]
+    assert form_of(traced) is form("torchscript") and [attempt.method for attempt in ctx.attempts] == [
+        "torch.jit.trace"
+    ]
     form("torchscript").save(traced, tmp_path)
     loaded = form("torchscript").load(tmp_path)
     torch.testing.assert_close(loaded(task.example_inputs), model(task.example_inputs), rtol=1e-5, atol=1e-5)
@@ -255,7 +258,9 @@ def test_a_model_that_does_not_run_says_where(context, task) -> None:
         def forward(self, image: Tensor) -> Tensor:
             return image @ torch.zeros(5, 5)
 
-    with pytest.raises(StageError, match=r"does not run on two of its example inputs: RuntimeError.*test_trace.py:\d+, `return image @"):
+    with pytest.raises(
+        StageError, match=r"does not run on two of its example inputs: RuntimeError.*test_trace.py:\d+, `return image @"
+    ):
         Program().run(Narrow(), context(Narrow()))
     with pytest.raises(StageError, match="returns no tensor but int"):
         Program().run(Counts(), context(Counts()))
