@@ -1,4 +1,4 @@
-"""Does +recipe=reasoner keep what it promises? `python benchmarks/reasoner.py` (some minutes; exit code 1 if it does not).
+"""Does +recipe=reasoner keep what it promises? `python benchmarks/reasoner.py` (minutes; exit code 1 if it does not).
 
     python benchmarks/reasoner.py                           # runs the recipe, and judges what its report says
     python benchmarks/reasoner.py outputs/runs/<time>       # judges a run that is there

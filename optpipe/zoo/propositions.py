@@ -162,21 +162,24 @@ def draw(size: int, seed: int) -> tuple[Tensor, Tensor]:
     return numbers[clear][:size], (margins[clear][:size] > 0).float()
 
 
-def task() -> Task:
-    """Numbers (n, 4) and which propositions are true of them, (n, 13); drawn anew by each call, and always the same."""
+def task(train: int = TRAIN) -> Task:
+    """Numbers (n, 4) and which propositions are true of them, (n, 13); drawn anew by each call, and always the same.
+
+    train: samples to train with.
+    """
 
     def batches(seed: int, samples: int, *, size: int = 64, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(TensorDataset(*draw(samples, seed)), batch_size=size, shuffle=shuffle)
 
     return Task(
-        train=batches(0, TRAIN, size=32, shuffle=True),
+        train=batches(0, train, size=32, shuffle=True),
         validation=batches(1, VALIDATION),
         calibration=batches(2, CALIBRATION),
         test=batches(3, TEST),
         example_inputs=draw(16, 0)[0],
         metric=label_accuracy(),
         loss=loss,
-        fingerprint=f"propositions, margin {MARGIN}, seeds 0 to 3",
+        fingerprint=f"propositions, margin {MARGIN}, {train} to train with, seeds 0 to 3",
         outputs=OUTPUTS,
         input_names=["numbers"],
         class_names=list(PROPOSITIONS),
