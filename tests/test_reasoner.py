@@ -31,31 +31,6 @@ def numbers() -> torch.Tensor:
     return draw(8, 5)[0]
 
 
-def test_the_truth_is_known_and_nothing_is_on_the_edge_of_it() -> None:
-    numbers, truth = draw(500, 7)
-    again, _ = draw(500, 7)
-    assert torch.equal(numbers, again) and truth.shape == (500, len(PROPOSITIONS))
-    names = list(PROPOSITIONS)
-    for (a, b, c, d), said in zip(numbers.tolist(), truth.bool().tolist(), strict=True):
-        assert said[names.index("a + b > c")] == (a + b > c)
-        assert said[names.index("they ascend")] == ([a, b, c, d] == sorted([a, b, c, d]))
-        assert said[names.index("two or more are negative")] == (sum(n < 0 for n in (a, b, c, d)) >= 2)
-        assert said[names.index("b lies between a and c")] == (min(a, c) < b < max(a, c))
-        assert said[names.index("a and d have one sign")] == (a * d > 0)
-    for margin in PROPOSITIONS.values():
-        assert margin(*numbers.unbind(1)).abs().min() > propositions.MARGIN
-    assert 0.02 < truth.mean(dim=0).min() and truth.mean(dim=0).max() < 0.98
-
-
-def test_the_splits_do_not_overlap() -> None:
-    task = propositions.task(train=512)
-    assert task.fingerprint != propositions.task().fingerprint
-    splits = [task.train, task.validation, task.calibration, task.test]
-    rows = [{tuple(row) for inputs, _ in split for row in inputs.tolist()} for split in splits]
-    assert len(set().union(*rows)) == sum(map(len, rows))
-    assert len(rows[-1]) == propositions.TEST
-
-
 def test_it_thinks_until_all_of_the_batch_are_confident(reasoner, numbers) -> None:
     with torch.no_grad():
         reasoner.enough = 0.0
