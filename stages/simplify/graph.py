@@ -135,13 +135,17 @@ def _check(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
     """Raise StageError unless `after` is valid ONNX with the inputs and outputs of `before`."""
     import onnx
 
-    for name in ("input", "output"):
+    for kind in ("input", "output"):
         was, now = (
-            [value.SerializeToString(deterministic=True) for value in getattr(g.graph, name)] for g in (before, after)
+            {value.name: value.type.SerializeToString(deterministic=True) for value in getattr(proto.graph, kind)}
+            for proto in (before, after)
         )
-        if was != now:
-            said = [f"{', '.join(value.name for value in getattr(g.graph, name))}" for g in (before, after)]
-            raise StageError(f"the graph's {name}s changed, from {said[0]} to {said[1]}, or in type or shape")
+        if list(was.items()) != list(now.items()):
+            changed = sorted({name for name, _ in was.items() ^ now.items()}) or list(was)
+            raise StageError(
+                f"simplifying drops or changes the {kind} {', '.join(changed)}, as where nothing reads one; "
+                "leave it out of the model, or the step out of the pipeline"
+            )
     try:
         onnx.checker.check_model(after, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

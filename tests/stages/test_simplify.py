@@ -121,7 +121,8 @@ def test_a_model_with_selected_outputs_keeps_its_names_and_travels(simplify, tmp
 
 
 def test_a_selected_model_is_exported_under_its_own_names(simplify, task) -> None:
-    found, _ = simplify(Dictionary(), torch.randn(4, 8), ["left"])
+    found, ctx = simplify(Dictionary(), torch.randn(4, 8), ["left"])
+    assert rows(ctx)["Unread branch", "right"][0] == "left to the runtime"  # its graph no longer holds it
     program = lower.trace(found, task)
     assert [node.name for node in program.graph.nodes if node.op == "placeholder"][-1] == "numbers"
     torch.testing.assert_close(program.module()(task.example_inputs), found(task.example_inputs))
