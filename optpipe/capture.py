@@ -57,7 +57,8 @@ def capture(
             module.train(training)
         try:
             with silence():
-                program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=strict  # type: ignore[arg-type])
+                collected: Any = shapes  # which torch.export takes, but does not say
+                program = torch.export.export(module, args, kwargs, dynamic_shapes=collected, strict=strict)
         except Exception as error:  # torch.export raises dozens of types for what a model may not do
             raise StageError(_reason(error, model)) from error
     if task.outputs:  # what led only to the others is not computed
