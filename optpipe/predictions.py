@@ -60,7 +60,7 @@ class Predictions:
     @property
     def num_labels(self) -> int:
         """Number of labels that a sample may have at once; 0 where targets are something else."""
-        return self.targets.shape[1] if is_multilabel(self.outputs, self.targets) else 0
+        return self.targets.shape[1] if has_labels(self.outputs, self.targets) else 0
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a file of them holds: `scores`, or `outputs` and `targets` where samples have none of their own."""
@@ -81,7 +81,12 @@ class Predictions:
 
     def of_label(self, number: int) -> Predictions:
         """One label of all samples, judged alone. Raises what the metric raises if it cannot."""
-        outputs, targets = self.outputs[:, number : number + 1], self.targets[:, number : number + 1]
+
+        def of(value: Any) -> Any:
+            return value[:, number : number + 1] if is_multilabel(value, self.targets) else value
+
+        named, targets = isinstance(self.outputs, dict), of(self.targets)
+        outputs = {name: of(part) for name, part in self.outputs.items()} if named else of(self.outputs)
         scores = None if self.metric.score is None else as_scores(self.metric.score(outputs, targets))
         return replace(self, outputs=outputs, targets=targets, scores=scores, slices={})
 
@@ -129,6 +134,12 @@ def is_multilabel(outputs: Any, targets: Any) -> bool:
         and targets.shape == outputs.shape
         and bool(((targets == 0) | (targets == 1)).all())
     )
+
+
+def has_labels(outputs: Any, targets: Any) -> bool:
+    """Whether `is_multilabel` holds for the outputs, or for one of several that have names."""
+    parts = outputs.values() if isinstance(outputs, dict) else [outputs]
+    return any(is_multilabel(part, targets) for part in parts)
 
 
 def join(parts: list[Any]) -> Any:

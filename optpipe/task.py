@@ -15,7 +15,7 @@ from torch import Tensor
 from optpipe.errors import StageError
 from optpipe.metrics import Metric as Metric
 from optpipe.metrics import top1_accuracy as top1_accuracy
-from optpipe.predictions import Predictions, Scores, as_scores, is_class, is_multilabel, join
+from optpipe.predictions import Predictions, Scores, as_scores, has_labels, is_class, join
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
@@ -117,7 +117,7 @@ class Task:
             outputs = self.selected(call(model, inputs))
         if not all(torch.isfinite(tensor).all() for tensor in tensors_in(outputs) if tensor.is_floating_point()):
             raise StageError(f"the model returns NaN or infinity on the {split} split; look at its weights and inputs")
-        size, whole = size_of(inputs), self.metric.score is None or is_multilabel(outputs, target)
+        size, whole = size_of(inputs), self.metric.score is None or has_labels(outputs, target)
         try:
             return Predictions(
                 metric=self.metric,
