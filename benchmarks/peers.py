@@ -296,7 +296,10 @@ def ways(network: Network) -> list[Way]:
         ("static, defaults", [("OnnxStaticQuantization", {})]),
         ("static, U8S8, per channel", [peephole, ("OnnxStaticQuantization", fast)]),
         ("dynamic, defaults", [("OnnxDynamicQuantization", {})]),
-        ("dynamic, per channel", [transformer if text else peephole, ("OnnxDynamicQuantization", {"per_channel": True})]),
+        (
+            "dynamic, per channel",
+            [transformer if text else peephole, ("OnnxDynamicQuantization", {"per_channel": True})],
+        ),
     ]
     return [
         *onnxruntime,
@@ -319,7 +322,9 @@ def _untasked(make: Callable[..., None]) -> Callable[[Source, Path, int], None]:
 
 def _folder(make: Callable[..., None]) -> Callable[[Source, Path, int], None]:
     """Of a function of a model, the folder to write to, the task, and the batch size where that is fixed."""
-    return lambda source, folder, size: make(source.model, folder, source.task, **({"batch_size": size} if size else {}))
+    return lambda source, folder, size: make(
+        source.model, folder, source.task, **({"batch_size": size} if size else {})
+    )
 
 
 def _openvino(options: dict[str, Any]) -> dict[str, Any]:
@@ -373,9 +378,7 @@ def run(name: str, measure: Measure) -> None:
         baseline = task.predict(model, "test")
         for entry in entries:
             judge(entry, found, task, baseline, bench, folder)
-    result = Result(
-        where(), ours.runtime, baseline.n, baseline.value, entries, kept_timings(folder / "result.json")
-    )
+    result = Result(where(), ours.runtime, baseline.n, baseline.value, entries, kept_timings(folder / "result.json"))
     result.write(folder / "result.json")
     running = {entry.name: found[entry.name] for entry in entries if not entry.problem}
     for size in BATCH_SIZES:
@@ -443,9 +446,7 @@ def made_by(way: Way, given: str, model: nn.Module, task: Task, folder: Path) ->
     return entry, made
 
 
-def judge(
-    entry: Entry, found: dict[str, Made], task: Task, baseline: Predictions, bench: Bench, folder: Path
-) -> None:
+def judge(entry: Entry, found: dict[str, Made], task: Task, baseline: Predictions, bench: Bench, folder: Path) -> None:
     """Fill in size and quality, or why it does not run."""
     if entry.problem:
         return
@@ -531,10 +532,17 @@ def row(entry: Entry, result: Result) -> list[str]:
         return [entry.tool, entry.way, entry.problem.splitlines()[0], *[""] * (1 + 2 * len(BATCH_SIZES))]
     low, high = (100 * bound for bound in entry.delta_ci95)
     lost = "" if entry.keeps_quality else ", loses too much"
-    cells = [entry.tool, entry.way, f"{entry.size_bytes / 1000:.1f}", f"{100 * entry.delta:+.2f} [{low:+.2f}, {high:+.2f}]{lost}"]
+    cells = [
+        entry.tool,
+        entry.way,
+        f"{entry.size_bytes / 1000:.1f}",
+        f"{100 * entry.delta:+.2f} [{low:+.2f}, {high:+.2f}]{lost}",
+    ]
     for size in BATCH_SIZES:
         time = time_at(result, size, entry)
-        ratio = f"{time.ratio:.2f} [{time.ci95[0]:.2f}, {time.ci95[1]:.2f}]" if time and entry is not result.ours else ""
+        ratio = (
+            f"{time.ratio:.2f} [{time.ci95[0]:.2f}, {time.ci95[1]:.2f}]" if time and entry is not result.ours else ""
+        )
         cells += [f"{time.p50_ms:.3f}" if time else "not timed", ratio]
     return cells
 
@@ -558,7 +566,9 @@ def bars(result: Result) -> list[str]:
             smallest = min(kept, key=lambda entry: entry.size_bytes)
             share, limit = ours.size_bytes / smallest.size_bytes, SIZE if given == CAME_IN else SAME
             holds = "holds" if share <= limit else "DOES NOT HOLD"
-            found.append(f"size, others given the network {given}, ≤ {limit} ×: {holds}, {share:.2f} × {label(smallest)}")
+            found.append(
+                f"size, others given the network {given}, ≤ {limit} ×: {holds}, {share:.2f} × {label(smallest)}"
+            )
     return found
 
 
