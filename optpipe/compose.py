@@ -24,13 +24,23 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from optpipe import registry, sources
+from optpipe import machine, registry, sources
 from optpipe.budget import Budget
 from optpipe.command import Command
 from optpipe.errors import RecipeError, did_you_mean, reason
 from optpipe.measure.settings import Measure
-from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, budget_problems, chain_problems, forms_along, steps_of
-from optpipe.runtimes import RUNTIMES, missing
+from optpipe.plan import (
+    Choice,
+    Entry,
+    Plan,
+    Step,
+    budget_problems,
+    chain_problems,
+    forms_along,
+    spoken,
+    steps_of,
+)
+from optpipe.runtimes import RUNTIMES, installed_for, missing, option_problems
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -251,13 +261,14 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     device = _device(str(config.get("device")), problems)
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
+    form = settings["model"].form if settings["model"] else "torch"
     if not problems:
-        problems += chain_problems(entries)
+        problems += chain_problems(entries, form)
     if not problems and entries:
-        problems += _target_problems(entries, relax, settings["target"])
+        problems += _target_problems(entries, relax, settings["target"], form)
     if not problems:
-        deployed = RUNTIMES[settings["target"].runtime]
-        problems += budget_problems(entries, settings["budget"], settings["measure"], relax, deployed)
+        runtime = settings["target"].runtime
+        problems += budget_problems(entries, settings["budget"], settings["measure"], relax, runtime, form)
     if settings["model"] and settings["data"]:
         problems += sources.problems(settings["model"], settings["data"])
     if problems:
@@ -439,17 +450,23 @@ def _milder(config: DictConfig, key: str, settings: dict[str, Any], problems: li
     return replace(step, settings=", ".join(f"{name}={value}" for name, value in settings.items())) if step else None
 
 
-def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], target: Target) -> list[str]:
+def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], target: Target, form: str) -> list[str]:
     if target.runtime not in RUNTIMES:
         hint = did_you_mean(target.runtime, RUNTIMES)
         return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
     if missing(target.runtime):
         return [f'target.runtime={target.runtime} is not installed here; pip install "optpipe[{target.runtime}]"']
-    if target.device != "cpu":
-        return [f"target.device is '{target.device}'; the runtimes installed here run on cpu"]
-    after = forms_along(entries)[-1][2]
-    if after == "onnx" and RUNTIMES[target.runtime] != "onnx":
-        return [f"the pipeline ends with {SPOKEN[after]}, which target.runtime={target.runtime} does not run"]
+    if problems := [*option_problems(target.runtime, target.options), *machine.device_problems(target.device)]:
+        return problems
+    files = forms_along(entries, form)[-1][2] - {"torch", "program"}
+    if files and not files & set(RUNTIMES[target.runtime]):
+        able = [name for name in RUNTIMES if files & set(RUNTIMES[name])]
+        return [
+            f"the pipeline ends with {spoken(files)}, which target.runtime={target.runtime} does not run; set "
+            f"target.runtime={' or '.join(able)}"
+        ]
+    if absent := [name for name in sorted(files) if not installed_for(name)]:
+        return [f"nothing that runs {spoken(absent)} is installed here"]
     steps = [*steps_of(entries), *itertools.chain(*relax.values())]
     found = [f"{step.key}: {problem}" for step in steps for problem in registry.problems_of(step.stage, target)]
     return list(dict.fromkeys(found))

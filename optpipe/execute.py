@@ -52,17 +52,21 @@ def _resolved(device: str) -> str:
 def describe(plan: Plan) -> str:
     """The plan in lines of text, for dry_run=true."""
     lines = [f"{plan.subject}: {len(plan.entries)} steps for {plan.target.runtime}, {plan.target.threads} thread(s)"]
-    for number, (entry, before, after) in enumerate(forms_along(plan.entries), 1):
+    for number, (entry, before, after) in enumerate(forms_along(plan.entries, plan.model.form), 1):
         name = f"{entry.key} ({entry.info.name})" if isinstance(entry, Step) else entry.key
-        lines.append(f"  {number}. {name:<40} {before} -> {after}")
+        lines.append(f"  {number}. {name:<40} {_forms(before)} -> {_forms(after)}")
         for branch in () if isinstance(entry, Step) else entry.branches:
             lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
     limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")
-    lines.append(f"  model: {plan.model.factory}; data: {plan.data.factory}")
+    lines.append(f"  model: {plan.model.name}; data: {plan.data.factory}")
     lines.append("  nothing was run (dry_run=true)")
     return "\n".join(lines)
+
+
+def _forms(forms: frozenset[str]) -> str:
+    return " or ".join(sorted(forms))
 
 
 def _limits(prefix: str, limits: Limits) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,6 +69,23 @@ def _output(*command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def device_problems(device: str) -> list[str]:
+    """Why nothing can be run on `target.device` here; torch is imported only to look for a GPU."""
+    if device == "cpu":
+        return []
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        return [f"target.device is '{device}'; it must be cpu, cuda or cuda:<number>"]
+    import torch
+
+    if not torch.cuda.is_available():
+        return [f"target.device is '{device}', but torch finds no GPU here; run on a machine that has one, or on cpu"]
+    if (number := int(device.partition(":")[2] or 0)) >= torch.cuda.device_count():
+        return [
+            f"target.device is '{device}', but there are {torch.cuda.device_count()} GPUs here; {number} is too many"
+        ]
+    return []
 
 
 def user_cache() -> Path:

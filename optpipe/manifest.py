@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optpipe.errors import OptpipeError
 from optpipe.fingerprint import package_versions
 from optpipe.forms import form
-from optpipe.runtimes import RUNTIMES, Runner, runtime
+from optpipe.runtimes import Runner, make_runner
 
 if TYPE_CHECKING:
     from optpipe.target import Target
@@ -21,8 +21,8 @@ FOLDER = "model"
 FILE = "manifest.json"
 
 
-def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: Task) -> Path:
-    """Write the model that came out of a run, and what one must know to call it, to `run_folder`/model."""
+def deploy(model: Any, form_name: str, run_folder: Path, target: Target, engine: str, task: Task) -> Path:
+    """Write the model that came out of a run, and what one must know to call it in `engine`, to `run_folder`/model."""
     folder = run_folder / FOLDER
     folder.mkdir(exist_ok=True)
     form(form_name).save(model, folder)
@@ -31,7 +31,8 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, task: T
         "schema": 1,
         "form": form_name,
         "files": files,
-        "runtime": target.runtime if RUNTIMES[target.runtime] == form_name else "torch",
+        "runtime": engine,
+        "options": target.options if engine == target.runtime else {},
         **_signature(folder, form_name, task),
         "target": {
             "runtime": target.runtime,
@@ -113,4 +114,5 @@ def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> Depl
             )
     model = form(manifest["form"]).load(folder)
     name = manifest["runtime"]
-    return DeployedModel(manifest, runtime(name).runner(model, threads or manifest["target"]["threads"]))
+    settings = threads or manifest["target"]["threads"], manifest["target"]["device"], manifest.get("options")
+    return DeployedModel(manifest, make_runner(name, model, *settings))

@@ -20,16 +20,16 @@ from optpipe.contest import Entrant
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
-from optpipe.forms import Form, form, form_of
+from optpipe.forms import SPOKEN, Form, form_of
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
-from optpipe.plan import SPOKEN, Choice, Entry, Plan, Step, forms_along
+from optpipe.plan import Choice, Entry, Plan, Step, forms_along, spoken
 from optpipe.progress import log, say
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
-from optpipe.runtimes import evaluator
+from optpipe.runtimes import engine_of
 from optpipe.task import Task
 from optpipe.tracking import Tracker
 
@@ -46,6 +46,7 @@ class State:
     hash: str
     measurement: Measurement
     results: int  # of the report's, up to here
+    engine: str = ""  # that the benchmark chose to run it; by default the target's, if that can
     is_accepted: bool = True  # by the budget; a later step that breaks it can be rolled back to here
 
     def reloaded(self) -> State:
@@ -54,7 +55,7 @@ class State:
 
 
 def run(
-    plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker, started: float, model_seconds: float
+    plan: Plan, model: Any, task: Task, folder: Path, tracker: Tracker, started: float, model_seconds: float
 ) -> Report:
     """Take `model` through `plan` and leave report.json and model/ in `folder`.
 
@@ -135,13 +136,15 @@ class Loop:
     """One run of a plan."""
 
     def __init__(
-        self, plan: Plan, model: nn.Module, task: Task, folder: Path, tracker: Tracker, bench: Bench, report: Report
+        self, plan: Plan, model: Any, task: Task, folder: Path, tracker: Tracker, bench: Bench, report: Report
     ) -> None:
         self.plan, self.task, self.folder, self.tracker, self.report = plan, task, folder, tracker, report
         baseline_folder = folder / "00_baseline"
         baseline_folder.mkdir(parents=True, exist_ok=True)
         self.measurer = Measurer(task, plan.target, plan.measure, folder, bench)
-        self.baseline = model.eval().requires_grad_(True)  # in the saved copy, which a rolled-back run trains
+        self.baseline = model
+        if isinstance(model, nn.Module):
+            model.eval().requires_grad_(True)  # in the saved copy, which a rolled-back run trains
         self.number = 0
         self.states: list[State] = []  # before each entry that is done, and the current one; the past have no models
         self.tries: dict[str, list[Attempt]] = {}  # by step, of the settings that `relax` lists
@@ -168,9 +171,11 @@ class Loop:
         self.report.baseline = measurement
         self.tracker.baseline(measurement)
         model = copy.deepcopy(self.baseline)
-        self.baseline.requires_grad_(False)
-        content = form("torch").content_hash(model)
-        return State(model, form("torch"), self.folder / "00_baseline", content, measurement, results=0)
+        if isinstance(self.baseline, nn.Module):
+            self.baseline.requires_grad_(False)
+        current = form_of(model)
+        assert current is not None
+        return State(model, current, self.folder / "00_baseline", current.content_hash(model), measurement, results=0)
 
     def _as_relaxed(self, step: Step) -> Step:
         """`step` with the settings that are to be tried now."""
@@ -225,7 +230,7 @@ class Loop:
         unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
         if state.hash == self.states[0].hash:
             return replace(Estimate.exact(0.0), unit=unit, scale=scale)
-        ours, theirs = self.measurer.validation(state.model), self.measurer.validation_baseline
+        ours, theirs = self.measurer.validation(state.model, state.engine), self.measurer.validation_baseline
         return Estimate(
             ours.drop_from(theirs),
             quality.drop_interval(ours, theirs),
@@ -316,12 +321,8 @@ class Loop:
         result.form = after_form.NAME
         if after_form is not before.form:
             reference = before.reloaded().model  # the stage may have changed the one that it was given
-            same = parity.check(
-                evaluator(reference, self.plan.target.runtime),
-                evaluator(model, self.plan.target.runtime),
-                self.task,
-                precision=parity.precision(reference),
-            )
+            with self.measurer.evaluating(reference) as expected, self.measurer.evaluating(model) as found:
+                same = parity.check(expected, found, self.task, precision=parity.precision(reference))
             result.notes.append(same.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash
@@ -336,9 +337,10 @@ class Loop:
 
     def _form_after(self, step: Step, before: State, model: Any) -> Form:
         found = form_of(model)
-        wanted = before.form.NAME if step.info.gives == "same" else step.info.gives
-        if found is None or found.NAME != wanted:
-            raise StageError(f"stage '{step.info.name}' gives form '{wanted}' but returned {type(model).__name__}")
+        wanted = step.gives(frozenset({before.form.NAME}))
+        if found is None or found.NAME not in wanted:
+            named = " or ".join(f"'{name}'" for name in sorted(wanted))
+            raise StageError(f"stage '{step.info.name}' gives form {named} but returned {type(model).__name__}")
         return found
 
     def _context(self, step: Step, folder: Path, result: StageResult) -> Context:
@@ -366,7 +368,7 @@ class Loop:
         whether they did. Such a branch is taken where no other holds the limit.
         """
         folder, kept = self._dir(choice), len(self.report.stages)
-        keeps_form = forms_along([choice], before.form.NAME)[0][2] == before.form.NAME
+        keeps_form = forms_along([choice], before.form.NAME)[0][2] == {before.form.NAME}
         competes = choice.how == "best_of" and keeps_form
         original = self._entrant(choice, self._as_entrant(before, folder)) if competes else None
         branches: list[_Branch] = []
@@ -485,16 +487,17 @@ class Loop:
             after = forms_along([choice], before.form.NAME)[0][2]
             said += (
                 f"; the model before them cannot go on in their place, since they turn {SPOKEN[before.form.NAME]} into "
-                f"{SPOKEN[after]}: choose among steps that keep the form, and trace and export after them"
+                f"{spoken(after)}: choose among steps that keep the form, and trace and export after them"
             )
         raise StageError(said)
 
     def _finish(self, state: State) -> None:
-        folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, self.task)
-        artifact = next(path for path in sorted(folder.iterdir()) if path.name != manifest.FILE)
-        measurement = self.measurer.final(state.measurement, state.model, folder)
+        engine = state.engine or engine_of(state.form.NAME, self.plan.target.runtime)
+        folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, engine, self.task)
+        artifact = state.form.files(folder)[0]
+        measurement = self.measurer.final(state.measurement, state.model, folder, engine)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
-        self.measurer.save_quality(state.model)
+        self.measurer.save_quality(state.model, engine)
         checks = self._checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
         self.report.budget.checks += checks
         self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,15 +13,16 @@ from typing import Any, Literal
 from optpipe import registry
 from optpipe.budget import Budget, Policy
 from optpipe.errors import OptpipeError, did_you_mean
+from optpipe.forms import SPOKEN
 from optpipe.measure.settings import Measure
 from optpipe.registry import Stage, StageInfo
+from optpipe.runtimes import RUNTIMES
 from optpipe.sources import Data, Model
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
 CONFIG = "config.json"
 OF_ANY_FORM = ("quality_drop", "size_bytes", "size_ratio")  # limits on what needs no runtime
-SPOKEN = {"torch": "a torch module", "program": "an exported program", "onnx": "an ONNX file"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Step:
     stage: Stage
     info: StageInfo
     settings: str = ""  # those that `relax` lists, in words, where it lists some
+
+    def gives(self, before: frozenset[str]) -> frozenset[str]:
+        """The forms that a model may have after this step, given those that it may have before it."""
+        return frozenset().union(
+            *(before if name == "same" else {name} for name in registry.gives_of(self.stage, self.info))
+        )
 
 
 @dataclass(frozen=True)
@@ -94,48 +102,69 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def spoken(forms: Iterable[str]) -> str:
+    """As in "an ONNX file or an OpenVINO IR"."""
+    return " or ".join(SPOKEN.get(name, name) for name in sorted(forms))
+
+
 def chain_problems(entries: Sequence[Entry], form: str = "torch") -> list[str]:
-    """What is wrong with the order of `entries`, given the form of the model that comes in."""
+    """What is wrong with the order of `entries`, given the form of the model that comes in.
+
+    After alternatives the model may have any of the forms that they give, and the next step must take them all.
+    """
     problems: list[str] = []
-    before = "the model"
+    forms, before = frozenset({form}), "the model"
     for entry in entries:
         if isinstance(entry, Step):
-            form = _after(entry, form, before, problems)
+            forms = _after(entry, forms, before, problems)
             before = f"step '{entry.key}' before it"
-            continue
-        forms = {_after_branch(branch, form, before, problems) for branch in entry.branches}
-        if len(forms) > 1:
-            spoken = " or ".join(SPOKEN.get(name, name) for name in sorted(forms))
-            problems.append(f"{entry.how} gives {spoken}, depending on the branch; every branch must give the same")
-        form, before = sorted(forms)[0], f"{entry.how} before it"
+        else:
+            forms = frozenset().union(*(_after_branch(branch, forms, before, problems) for branch in entry.branches))
+            before = f"{entry.how} before it"
     return problems
 
 
-def _after_branch(branch: Sequence[Step], form: str, before: str, problems: list[str]) -> str:
+def _after_branch(branch: Sequence[Step], forms: frozenset[str], before: str, problems: list[str]) -> frozenset[str]:
     for step in branch:
-        form = _after(step, form, before, problems)
+        forms = _after(step, forms, before, problems)
         before = f"step '{step.key}' before it"
-    return form
+    return forms
 
 
-def _after(step: Step, form: str, before: str, problems: list[str]) -> str:
-    """The form after `step`; a problem is added if it cannot take what it is given."""
-    if form not in step.info.takes:
-        taken = " or ".join(SPOKEN.get(name, name) for name in step.info.takes)
+def _after(step: Step, forms: frozenset[str], before: str, problems: list[str]) -> frozenset[str]:
+    """The forms after `step`; a problem is added if it cannot take one that it may be given."""
+    if refused := forms - set(step.info.takes):
+        form = sorted(refused)[0]
         bridges = [info.name for info in registry.stages() if form in info.takes and info.gives in step.info.takes]
-        if bridges:
+        if len(forms) > 1:
+            remedy = f", depending on the branch; it cannot take {SPOKEN.get(form, form)}"
+        elif bridges:
             remedy = f"; put a step between them that makes one, such as {bridges[0]}"
+        elif before == "the model":
+            remedy = "; leave it out, or start from a torch module"
         else:
-            remedy = f"; move '{step.key}' before it" if before.startswith("step") else ""
-        problems.append(f"step '{step.key}' takes {taken}, but {before} gives {SPOKEN.get(form, form)}{remedy}")
-    return form if step.info.gives == "same" else step.info.gives
+            remedy = f"; move '{step.key}' before it"
+        gives = "is" if before == "the model" else "gives"
+        problems.append(
+            f"step '{step.key}' takes {spoken(step.info.takes)}, but {before} {gives} {spoken(forms)}{remedy}"
+        )
+    return step.gives(forms)
 
 
 def budget_problems(
-    entries: Sequence[Entry], budget: Budget, measure: Measure, relax: dict[str, list[Step]], deployed: str
+    entries: Sequence[Entry],
+    budget: Budget,
+    measure: Measure,
+    relax: dict[str, list[Step]],
+    runtime: str,
+    form: str = "torch",
 ) -> list[str]:
-    """Limits that contradict one another, the pipeline or how it is measured. deployed: the form that is timed."""
-    after = {entry.key: form for entry, _, form in forms_along(entries)}
+    """Limits that contradict one another, the pipeline or how it is measured.
+
+    form: of the model that comes in.
+    """
+    previewed = {"torch", "program"} - set(RUNTIMES[runtime])  # measured as a file exported for that purpose
+    after = {entry.key: forms for entry, _, forms in forms_along(entries, form)}
     problems = []
     for key, limits in budget.stages.items():
         where = f"budget.stages.{key}"
@@ -148,17 +177,17 @@ def budget_problems(
                 f"{where}.quality_drop={own:g} contradicts budget.quality_drop={run:g}, which must hold after every "
                 "step; lower the first or raise the second"
             )
-        if not measure.previews and after[key] != deployed and set(limits.limits()) - {"quality_drop"}:
+        if not measure.previews and after[key] & previewed and set(limits.limits()) - {"quality_drop"}:
             problems.append(f"{where} limits what measure.previews=false leaves unmeasured; set measure.previews=true")
     if timed := [name for name in budget.limits() if name not in OF_ANY_FORM]:
-        form = forms_along(entries)[-1][2]
-        if form != deployed:
+        last = forms_along(entries, form)[-1][2]
+        if last & previewed:
             problems.append(
-                f"budget.{timed[0]} limits what is measured on the target, but the pipeline ends with {SPOKEN[form]}, "
+                f"budget.{timed[0]} limits what is measured on the target, but the pipeline ends with {spoken(last)}, "
                 "which it does not run; end the pipeline with an export"
             )
     for entry in entries:
-        if isinstance(entry, Choice) and entry.how == "best_of" and after[entry.key] != deployed:
+        if isinstance(entry, Choice) and entry.how == "best_of" and after[entry.key] & previewed:
             if not measure.previews:
                 problems.append(
                     f"{entry.key} takes the fastest, which measure.previews=false leaves unmeasured; set "
@@ -173,13 +202,14 @@ def _waits(entries: Sequence[Entry], key: str) -> bool:
     return any(isinstance(entry, Step) and entry.key == key and entry.info.needs_recovery for entry in entries)
 
 
-def forms_along(entries: Sequence[Entry], form: str = "torch") -> list[tuple[Entry, str, str]]:
-    """Each entry with the form before and after it, for a chain without problems."""
-    along = []
+def forms_along(entries: Sequence[Entry], form: str = "torch") -> list[tuple[Entry, frozenset[str], frozenset[str]]]:
+    """Each entry with the forms that a model may have before and after it, for a chain without problems."""
+    along, forms = [], frozenset({form})
     for entry in entries:
-        after = form
-        for step in (entry,) if isinstance(entry, Step) else entry.branches[0]:
-            after = after if step.info.gives == "same" else step.info.gives
-        along.append((entry, form, after))
-        form = after
+        branches = [(entry,)] if isinstance(entry, Step) else entry.branches
+        after = frozenset().union(
+            *(functools.reduce(lambda given, step: step.gives(given), b, forms) for b in branches)
+        )
+        along.append((entry, forms, after))
+        forms = after
     return along

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from torch import nn
 
 from optpipe.budget import Budget
-from optpipe.errors import RecipeError, StageError
+from optpipe.errors import RecipeError, StageError, named_reason
+from optpipe.forms import form_of
 from optpipe.measure.proportions import samples_needed, smallest_provable_drop
 from optpipe.predictions import Predictions, as_scores, is_class, is_multilabel, join
 from optpipe.task import SPLITS, SliceError, Task, call, tensors_in
@@ -18,17 +20,27 @@ from optpipe.task import SPLITS, SliceError, Task, call, tensors_in
 def check(model: Any, task: Any, budget: Budget, subject: str) -> None:
     """Raise RecipeError with every problem of `model` and `task`, and with limits that the task cannot decide."""
     problems = []
-    if not isinstance(model, nn.Module):
+    if form_of(model) is None:
         problems.append(f"model: the factory returned {type(model).__name__}; it must return a torch.nn.Module")
     if not isinstance(task, Task):
         problems.append(f"data: the factory returned {type(task).__name__}; it must return an optpipe.Task")
     if problems:
         raise RecipeError(problems, subject)
-    problems = _task_problems(task) + _weight_problems(model)
+    problems = _task_problems(task) + (_weight_problems(model) if isinstance(model, nn.Module) else [])
     if not problems:
-        problems = _call_problems(model, task) + _confidence_problems(task, budget)
+        problems = _call_problems(_callable(model), task) + _confidence_problems(task, budget)
     if problems:
         raise RecipeError(problems, subject)
+
+
+def _callable(model: Any) -> Callable[..., Any]:
+    """`model` as what evaluates it; a file is opened here for the first time."""
+    found = form_of(model)
+    assert found is not None
+    try:
+        return found.as_callable(model)
+    except Exception as error:  # of the engine that opens it
+        raise RecipeError([f"model: it cannot be opened ({named_reason(error)})"], "the model") from error
 
 
 def _confidence_problems(task: Task, budget: Budget) -> list[str]:
@@ -85,7 +97,7 @@ def _weight_problems(model: nn.Module) -> list[str]:
     return [f"model: NaN or infinity in {named}{more}; give weights of a model that was trained to the end"]
 
 
-def _call_problems(model: nn.Module, task: Task) -> list[str]:
+def _call_problems(model: Callable[..., Any], task: Task) -> list[str]:
     """Run the model once on the example inputs and judge one batch of the test split."""
     inputs, target = next(iter(task.test))
     problems = []
@@ -93,7 +105,7 @@ def _call_problems(model: nn.Module, task: Task) -> list[str]:
         shapes = [tuple(tensor.shape) for tensor in tensors_in(batch)]
         try:
             with torch.no_grad():
-                outputs = task.selected(call(model.eval(), batch))
+                outputs = task.selected(call(model, batch))
         except StageError as error:
             problems.append(f"data: {error}")
             continue
@@ -110,7 +122,7 @@ def _call_problems(model: nn.Module, task: Task) -> list[str]:
     return _metric_problems(model, task, outputs, inputs, target) + _group_problems(task, inputs, target)
 
 
-def _metric_problems(model: nn.Module, task: Task, outputs: Any, inputs: Any, target: Any) -> list[str]:
+def _metric_problems(model: Callable[..., Any], task: Task, outputs: Any, inputs: Any, target: Any) -> list[str]:
     """Judge the first batch of the test split; all of it where a metric over a whole split is undefined there."""
     metric, size = task.metric, len(tensors_in(inputs)[0])
     shapes = f"outputs {_shapes(outputs)}, targets {_shapes(target)}"
@@ -135,14 +147,14 @@ def _metric_problems(model: nn.Module, task: Task, outputs: Any, inputs: Any, ta
     return []
 
 
-def _undefined(model: nn.Module, task: Task, shapes: str) -> list[str]:
+def _undefined(model: Callable[..., Any], task: Task, shapes: str) -> list[str]:
     """A metric over a whole split may be undefined on one batch of it, but not on all."""
     if task.metric.score is not None:
         return [f"data: metric '{task.metric.name}' gives NaN or infinity for {shapes}; each score must be finite"]
     problems = []
     for split in ("test", "validation"):
         try:
-            task.predict(model.eval(), split)  # type: ignore[arg-type]
+            task.predict(model, split)  # type: ignore[arg-type]
         except StageError as error:
             problems.append(f"data: {error}")
     return problems

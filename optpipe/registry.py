@@ -22,8 +22,9 @@ ENTRY_POINT_GROUP = "optpipe.stages"
 class Stage(Protocol):
     """What every registered dataclass has. Its fields are its settings.
 
-    It may have `problems(target) -> list[str]` too: why it cannot run for a target, or with what this machine has, in
-    words that name the remedy. They are reported before any work starts.
+    It may have two more methods. `problems(target) -> list[str]`: why it cannot run for a target, or with what this
+    machine has, in words that name the remedy; they are reported before any work starts. `gives() -> tuple[str, ...]`:
+    the forms that it may give, where that depends on its settings.
     """
 
     def run(self, model: Any, ctx: Context) -> Any: ...
@@ -123,6 +124,12 @@ def problems_of(stage: Stage, target: Target) -> list[str]:
     """Why `stage` cannot run for `target`, if it says so."""
     asked = getattr(stage, "problems", None)
     return list(asked(target)) if callable(asked) else []
+
+
+def gives_of(stage: Stage, info: StageInfo) -> tuple[str, ...]:
+    """The forms that `stage` may give; "same" is the one that it takes."""
+    asked = getattr(stage, "gives", None)
+    return tuple(asked()) if callable(asked) else (info.gives,)
 
 
 def stages() -> list[StageInfo]:

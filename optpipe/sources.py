@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optpipe.errors import RecipeError, did_you_mean
+from optpipe.errors import RecipeError, did_you_mean, named_reason
+from optpipe.forms import SPOKEN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 MISSING = "???"  # OmegaConf's mark for a value that must be given
+FILES = ("onnx", "program")  # the forms that a model may come in as, beside a module from a factory
 
 
 @dataclass(kw_only=True)
@@ -25,6 +27,18 @@ class Model:
     factory: str = MISSING  # dotted path of a callable that returns an nn.Module
     args: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
     weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only=True
+    path: str | None = None  # in place of a factory: a file that holds the whole model
+    format: str = "torch"  # of that file: onnx, or program (torch.export.save)
+
+    @property
+    def form(self) -> str:
+        """What the model is when it comes in."""
+        return self.format
+
+    @property
+    def name(self) -> str:
+        """As it is spoken of."""
+        return self.path or self.factory
 
 
 @dataclass(kw_only=True)
@@ -37,8 +51,11 @@ class Data:
 
 def problems(model: Model, data: Data) -> list[str]:
     """What can be seen to be wrong without importing or reading anything heavy."""
-    found = []
-    for key, factory in (("model.factory", model.factory), ("data.factory", data.factory)):
+    found = [] if model.format == "torch" else _file_problems(model)
+    factories = {"model.factory": model.factory, "data.factory": data.factory}
+    if model.format != "torch":
+        del factories["model.factory"]
+    for key, factory in factories.items():
         module, _, _ = factory.rpartition(".")
         if factory == MISSING or not module:
             found.append(f"{key} is '{factory}'; it must be the dotted path of a callable, for example my_package.make")
@@ -49,6 +66,17 @@ def problems(model: Model, data: Data) -> list[str]:
     if model.weights and not Path(model.weights).is_file():
         found.append(f"model.weights is '{model.weights}', which is not a file; give the path of a state dict")
     return found
+
+
+def _file_problems(model: Model) -> list[str]:
+    """Of a model that starts as a file."""
+    if model.format not in FILES:
+        return [f"model.format is '{model.format}'; it must be one of {', '.join(FILES)}, or torch for a factory"]
+    if model.path is None or model.path == MISSING:
+        return [f"model={model.format} needs model.path=…, the path of {SPOKEN[model.format]}"]
+    if not Path(model.path).is_file():
+        return [f"model.path is '{model.path}', which is not a file; give the path of {SPOKEN[model.format]}"]
+    return []
 
 
 def _not_importable(module: str) -> str | None:
@@ -65,12 +93,45 @@ def build_task(data: Data, subject: str) -> Task:
     return task
 
 
-def build_model(model: Model, subject: str) -> nn.Module:
-    """Call the model factory and load the weights file. Raises RecipeError if either fails."""
+def build_model(model: Model, subject: str) -> Any:
+    """The model of `model.path`, or of the factory and its weights file. Raises RecipeError if that fails."""
+    if model.format != "torch":
+        return _from_file(Path(model.path or ""), model.format, subject)
     module: nn.Module = call_factory("model.factory", model.factory, model.args, subject)
     if model.weights:
         _load_weights(module, Path(model.weights), subject)
     return module
+
+
+def _from_file(path: Path, format: str, subject: str) -> Any:
+    """An ONNX file or exported program. An exported program may run what it holds: open only those that you trust."""
+    from optpipe.forms import ExportedFile
+
+    try:
+        if format == "program":
+            import torch
+            import torchao.quantization.pt2e  # noqa: F401  registers the operators of quantised programs
+
+            return torch.export.load(path)
+        import onnx
+
+        proto = onnx.load(path, load_external_data=False)
+        beside = {
+            entry.value
+            for tensor in proto.graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        if beside - {"model.onnx.data"}:
+            raise ValueError(
+                f"its weights lie in {', '.join(sorted(beside))}; save it with onnx.save_model(…, "
+                "save_as_external_data=True, location='model.onnx.data')"
+            )
+        onnx.checker.check_model(str(path))
+    except Exception as error:  # every reader has error types of its own
+        said = f"which cannot be read as {SPOKEN[format]} ({named_reason(error)})"
+        raise RecipeError([f"model.path is '{path}', {said}"], subject) from error
+    return ExportedFile(path, format)
 
 
 def call_factory(setting: str, factory: str, args: dict[str, Any], subject: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from optpipe.machine import cpu
 
@@ -26,7 +27,8 @@ class Target:
     """Runtime, device, threads and batch sizes that every figure of a run is measured with."""
 
     runtime: str = "onnxruntime"
-    device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)  # of that runtime; see optpipe.runtimes.options
+    device: str = "cpu"  # or cuda, cuda:1
     threads: int = 1  # of one inference call
     batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8, 16])  # of the benchmark's grid
     instruction_set: InstructionSet = InstructionSet.host

@@ -84,10 +84,13 @@ class Run:
     def predictions(self, task: Task) -> Predictions:
         """The deployed model on the test split of `task`."""
         from optpipe.forms import form
-        from optpipe.runtimes import evaluator
+        from optpipe.runtimes import as_model, make_runner
 
-        model = form(self.manifest["form"]).load(self.model)
-        return task.predict(evaluator(model, self.manifest["runtime"]), "test")
+        found = form(self.manifest["form"])
+        model = found.load(self.model)
+        if self.manifest["runtime"] == "torch":
+            return task.predict(found.as_callable(model), "test")
+        return task.predict(as_model(make_runner(self.manifest["runtime"], model)), "test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -196,13 +199,23 @@ def _latency_again(run: Run) -> list[Finding]:
 
 
 def _compare_again(run: Run, entries: list[Latency]) -> list[Comparison]:
+    from optpipe.forms import FORMS, form
     from optpipe.measure.latency import Contender
+    from optpipe.runtimes import RUNTIMES, engine_of
 
-    runtime, threads = entries[0].runtime, entries[0].threads
+    runtime, threads, target = entries[0].runtime, entries[0].threads, run.manifest["target"]
     baseline = run.folder / "00_baseline"
-    team = [Contender(run.model, runtime, threads), Contender(baseline, "torch", threads)]
-    if runtime != "torch" and (baseline / "exported").is_dir() and any((baseline / "exported").iterdir()):
-        team.append(Contender(baseline / "exported", runtime, threads))
+    came_in_as = next(name for name in FORMS if any(path.exists() for path in form(name).files(baseline)))
+    engine = engine_of(came_in_as, target["runtime"])
+
+    def contender(folder: Path, name: str, form_name: str) -> Contender:
+        options = run.manifest.get("options", {}) if name == target["runtime"] else {}
+        return Contender(folder, name, threads, form_name, target["device"], options)
+
+    team = [contender(run.model, runtime, run.manifest["form"]), contender(baseline, engine, came_in_as)]
+    exported = baseline if came_in_as in RUNTIMES[runtime] else baseline / "exported" / RUNTIMES[runtime][0]
+    if runtime != engine and exported.is_dir() and any(exported.iterdir()):
+        team.append(contender(exported, runtime, came_in_as if exported == baseline else RUNTIMES[runtime][0]))
     return _measured(run, team, [entry.batch_size for entry in entries])
 
 

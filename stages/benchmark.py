@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optpipe.context import Context
+from optpipe.forms import FORMS
 from optpipe.registry import register
 
 
-@register("benchmark/latency", takes=("torch", "program", "onnx"), gives="same")
+@register("benchmark/latency", takes=FORMS, gives="same")
 @dataclass(kw_only=True)
 class Latency:
     """Paired latency for every batch size and number of threads, and the load that the model stands, in the target's

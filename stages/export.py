@@ -33,12 +33,12 @@ class Onnx:
     def run(self, model: ExportedProgram, ctx: Context) -> ExportedFile:
         import onnx
 
-        from optpipe.forms.onnx import FILE
+        from optpipe.forms.exported import EXPORTED
         from optpipe.lower import to_onnx
 
         exported = to_onnx(
             model,
-            ctx.dir / FILE,
+            ctx.dir / EXPORTED["onnx"].FILE,
             input_names=self.input_names or ctx.task.input_names,
             output_names=self.output_names or ctx.task.output_names,
             opset=self.opset,

@@ -156,8 +156,9 @@ def test_a_broken_recipe_does_not_hide_a_broken_override(tmp_path: Path) -> None
     assert "did you mean 'channels'" in said and "did you mean 'seed'" in said
 
 
-def test_branches_must_end_in_the_same_form() -> None:
-    assert "every branch must give the same" in problems(EDGE, "pipeline=[{first_of:[quantize,trace]}]")
+def test_the_next_step_must_take_what_every_branch_gives() -> None:
+    said = problems(EDGE, "pipeline=[{first_of:[quantize,trace]},trace]")
+    assert "depending on the branch; it cannot take an exported program" in said
 
 
 def test_a_user_file_named_like_a_built_in_is_refused(tmp_path: Path) -> None:

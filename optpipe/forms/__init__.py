@@ -8,7 +8,7 @@
     as_callable(model)      what evaluates it: torch tensors in, torch tensors out
     content_hash(model)     sha256 of graph and tensors, never of file bytes: some formats differ on every save
 
-A new form is one new file here and its name in FORMS.
+A new form is one new file here and its name in FORMS, or an entry in optpipe.forms.exported.
 """
 
 from __future__ import annotations
@@ -16,25 +16,30 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-FORMS = ("torch", "program", "onnx")
+from optpipe.forms.exported import EXPORTED
+from optpipe.forms.exported import ExportedFile as ExportedFile
 
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """A model in a file of its own, for a runtime outside Python."""
-
-    path: Path
-    format: str  # "onnx"
+FORMS = ("torchscript", "torch", "program", *EXPORTED)
+SPOKEN = {
+    "torch": "a torch module",
+    "program": "an exported program",
+    "torchscript": "a TorchScript module",
+    "onnx": "an ONNX file",
+    "openvino": "an OpenVINO IR",
+    "aotinductor": "an AOTInductor package",
+    "executorch": "an ExecuTorch program",
+    "tensorrt": "a TensorRT engine",
+}
 
 
 class Form(Protocol):
-    """The functions that each module of this package has."""
+    """The names that each form has."""
 
-    NAME: str
+    @property
+    def NAME(self) -> str: ...
 
     def matches(self, model: Any) -> bool: ...
     def save(self, model: Any, folder: Path) -> None: ...
@@ -47,6 +52,8 @@ class Form(Protocol):
 
 def form(name: str) -> Form:
     """The form called `name`."""
+    if name in EXPORTED:
+        return EXPORTED[name]
     module: Any = importlib.import_module(f"optpipe.forms.{name}")
     return module  # type: ignore[no-any-return]
 

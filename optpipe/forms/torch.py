@@ -24,7 +24,7 @@ NAME = "torch"
 
 
 def matches(model: Any) -> bool:
-    return isinstance(model, nn.Module)
+    return isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
 
 
 def save(model: nn.Module, folder: Path) -> None:

@@ -10,12 +10,14 @@ time is up.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,9 @@ class Contender:
     folder: Path  # where its form was saved
     runtime: str
     threads: int
+    form: str = ""  # by default the first that the runtime takes
+    device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)  # of the runtime
 
 
 @dataclass
@@ -166,6 +171,28 @@ class Bench:
             comparison.other_load_cores = load.cores()
             comparison.problem = self._problem(comparison)
         return found
+
+    @contextmanager
+    def evaluator(self, contender: Contender) -> Iterator[Callable[..., Any]]:
+        """A model as a callable on torch tensors, in a process of its own. Raises MeasureError if that dies."""
+        import torch
+
+        with closing(self._worker(contender)) as worker, tempfile.TemporaryDirectory() as folder:
+            worker.ask("load", **_to_load(contender))
+            inputs, outputs = Path(folder) / "inputs.npz", Path(folder) / "outputs.npz"
+
+            def model(*args: Any, **kwargs: Any) -> Any:
+                named = {
+                    **{str(i): tensor.numpy() for i, tensor in enumerate(args)},
+                    **{k: v.numpy() for k, v in kwargs.items()},
+                }
+                np.savez(inputs, **named)  # type: ignore[arg-type]
+                worker.ask("run", inputs=str(inputs), outputs=str(outputs))
+                with np.load(outputs) as arrays:
+                    found = tuple(torch.from_numpy(arrays[str(i)]) for i in range(len(arrays)))
+                return found[0] if len(found) == 1 else found
+
+            yield model
 
     def callers(self, contender: Contender, batch: Path, batch_size: int, counts: Sequence[int]) -> list[Callers]:
         """Throughput and latency of one model under 1, 2, … threads that call it at once."""
@@ -318,11 +345,22 @@ def _busy_seconds() -> float:
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
+def _to_load(contender: Contender) -> dict[str, Any]:
+    """What a worker must know to load it."""
+    return {
+        "folder": str(contender.folder),
+        "form": contender.form,
+        "threads": contender.threads,
+        "device": contender.device,
+        "options": contender.options,
+    }
+
+
 def _load(
     worker: Worker, contender: Contender, batches: Sequence[Path], cores: Sequence[int] = ()
 ) -> tuple[float, list[float]]:
     """Load the model and warm it up on every batch: milliseconds of loading, and of the first call on each."""
-    answer = worker.ask("load", folder=str(contender.folder), threads=contender.threads, cores=list(cores))
+    answer = worker.ask("load", **_to_load(contender), cores=list(cores))
     worker.nursery.imports(answer["modules"])
     load = answer["load_ms"]
     return load, [worker.ask("warm_up", inputs=str(batch))["first_call_ms"] for batch in batches]

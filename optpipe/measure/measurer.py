@@ -17,8 +17,8 @@ from torch import nn
 
 from optpipe import lower
 from optpipe.errors import StageError
-from optpipe.forms import compressed_bytes, form, form_of
-from optpipe.machine import machine_lock
+from optpipe.forms import SPOKEN, compressed_bytes, form, form_of
+from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import child, energy, explain, quality, roofline
 from optpipe.measure.inspect import Inspection, inspect
 from optpipe.measure.latency import Bench, Comparison, Contender
@@ -28,7 +28,7 @@ from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
 from optpipe.progress import say
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Roofline, Sustained
-from optpipe.runtimes import RUNTIMES, evaluator
+from optpipe.runtimes import IN_PROCESS, RUNTIMES, as_model, engine_of, make_runner, runtime
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
 
@@ -74,30 +74,26 @@ class Measurer:
         self._timed: dict[tuple[Any, ...], Timed] = {}
         self._seen: dict[str, Inspection] = {}  # by the content of the file
         self._baseline = Contender(self._folder, "torch", target.threads)
-        self._baseline_exported: Path | NotMeasured = NotMeasured("the baseline was not exported")
+        self._unoptimised: dict[str, Contender | NotMeasured] = {}  # the baseline, by the engine that it was lowered to
         self._reference: dict[Split, Predictions] = {}
-        self._judged: dict[tuple[str, Split], Predictions] = {}  # the latest, by the content of the model
+        self._judged: dict[tuple[str, str, Split], Predictions] = {}  # the latest, by the content of the model
 
-    def baseline(self, model: nn.Module) -> Measurement:
+    def baseline(self, model: Any) -> Measurement:
         """Measure `model` as it came in, and exported unoptimised to the target's runtime; the rest compares to it."""
         with self._clock():
-            if self.target.is_host:
-                self._bench.prepare(["torch", self.target.runtime])  # imported while the model is judged and exported
-            form("torch").save(model, self._folder)
+            current = form_of(model)
+            assert current is not None
+            self._baseline = self._as_it_is(self._folder, current.NAME, self.target.threads)
+            if self.target.is_host:  # imported while the model is judged and exported
+                self._bench.prepare(list(dict.fromkeys([self._baseline.runtime, self.target.runtime])))
+            current.save(model, self._folder)
             self._reference = {"test": self._predict(model, "test"), "validation": self._predict(model, "validation")}
-            exported = self._folder / "exported"
-            exported.mkdir(exist_ok=True)
-            try:
-                self._lower(model, exported, rewrite=False)
-                self._baseline_exported = exported
-            except StageError as error:
-                self._baseline_exported = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
             eager, *others = self._baseline_against_itself()
             timed = [entry.latency for entry in (eager, *others)]
             lost = next((latency for latency in timed if isinstance(latency, NotMeasured)), None)
             return Measurement(
-                size_bytes=form("torch").size_bytes(self._folder),
-                compressed_bytes=compressed_bytes(form("torch"), self._folder),
+                size_bytes=current.size_bytes(self._folder),
+                compressed_bytes=compressed_bytes(current, self._folder),
                 quality=self._quality(self._reference["test"]),
                 latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
                 peak_memory_bytes=eager.peak_memory_bytes,
@@ -111,11 +107,11 @@ class Measurer:
             compressed: int | NotMeasured
             preview = False
             try:
-                if not (self.settings.previews or self._is_deployable(model)):
+                if self._is_previewed(model) and not self.settings.previews:
                     raise StageError("measure.previews=false")
                 contender, preview = self._contender(model, folder, self.target.threads)
                 (timed,) = self._time(contender, [1], folder.name)
-                shipped = form(RUNTIMES[contender.runtime])
+                shipped = form(contender.form)
                 size = shipped.size_bytes(contender.folder)
                 compressed = compressed_bytes(shipped, contender.folder)
             except StageError as error:
@@ -130,23 +126,23 @@ class Measurer:
                 threads=self.target.threads,
             )
 
-    def validation(self, model: Any) -> Predictions:
-        """`model` on the validation split, which limits are judged on."""
+    def validation(self, model: Any, engine: str = "") -> Predictions:
+        """`model` on the validation split, which limits are judged on; in `engine`, or the one that will run it."""
         with self._clock():
-            return self._predict(model, "validation")
+            return self._predict(model, "validation", engine)
 
     @property
     def validation_baseline(self) -> Predictions:
         """The baseline on the validation split."""
         return self._reference["validation"]
 
-    def save_quality(self, model: Any) -> None:
+    def save_quality(self, model: Any, engine: str = "") -> None:
         """Keep how the baseline and `model`, the run's result, did on each test sample, in the run's folder."""
         with self._clock():
             folder = self._run_folder / QUALITY
             folder.mkdir(exist_ok=True)
             np.savez(folder / "baseline.npz", **self._reference["test"].arrays())  # type: ignore[arg-type]
-            np.savez(folder / "final.npz", **self._predict(model, "test").arrays())  # type: ignore[arg-type]
+            np.savez(folder / "final.npz", **self._predict(model, "test", engine).arrays())  # type: ignore[arg-type]
 
     def latencies(
         self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]
@@ -161,6 +157,30 @@ class Measurer:
                         found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.latency.not_measured}"))
                     else:
                         found.append(replace(timed.latency, preview=preview))
+            return found
+
+    def engines(self, model: Any, folder: Path, names: Sequence[str]) -> dict[str, Measurement]:
+        """`model`, a file, at batch 1 in each of the engines that `names` lists: time, quality, memory."""
+        with self._clock():
+            current = form_of(model)
+            assert current is not None
+            current.save(model, folder)
+            found = {}
+            for name in names:
+                contender = self._as_it_is(folder, current.NAME, self.target.threads, name)
+                (timed,) = self._time(contender, [1], f"{folder.name}_{name}")
+                try:
+                    judged: Quality | NotMeasured = self._quality(self._predict(model, "test", name))
+                except StageError as error:
+                    judged = NotMeasured(str(error))
+                found[name] = Measurement(
+                    size_bytes=current.size_bytes(folder),
+                    compressed_bytes=compressed_bytes(current, folder),
+                    quality=judged,
+                    latency=timed.latencies(),
+                    peak_memory_bytes=timed.peak_memory_bytes,
+                    threads=self.target.threads,
+                )
             return found
 
     def callers(self, model: Any, folder: Path, counts: Sequence[int]) -> list[Callers]:
@@ -194,30 +214,30 @@ class Measurer:
             findings = [] if timed.verdict_same_runtime == "faster" else explain.explain(seen, baseline)
             return replace(measurement, findings=findings, operators=explain.operators(seen))
 
-    def final(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
-        """`measurement` of the run's result, deployed in `folder`, explained, with its energy and its roofline.
+    def final(self, measurement: Measurement, model: Any, folder: Path, engine: str) -> Measurement:
+        """`measurement` of the run's result, deployed in `folder` for `engine`, explained, with energy and roofline.
 
-        A result that the target's runtime does not run has no figures there, whatever those of its previews are.
+        A result that the target's runtime does not run is measured in the engine that will: eager PyTorch, for one
+        that was not exported, whatever the figures of its previews are.
         """
-        if not self._is_deployable(model):
-            current = form_of(model)
-            assert current is not None
-            reason = NotMeasured(
-                f"the pipeline ends with form '{current.NAME}', which target.runtime={self.target.runtime} does not "
-                "run; end it with an export, or see the steps for the figures of their previews"
-            )
-            return replace(
-                measurement,
-                size_bytes=current.size_bytes(folder),
-                compressed_bytes=compressed_bytes(current, folder),
-                latency=reason,
-                peak_memory_bytes=reason,
-            )
+        current = form_of(model)
+        assert current is not None
+        if self._is_previewed(model):
+            with self._clock():
+                contender = self._as_it_is(folder, current.NAME, self.target.threads)
+                (timed,) = self._time(contender, [1], "final")
+                measurement = replace(
+                    measurement,
+                    size_bytes=current.size_bytes(folder),
+                    compressed_bytes=compressed_bytes(current, folder),
+                    latency=timed.latencies(),
+                    peak_memory_bytes=timed.peak_memory_bytes,
+                )
         measurement = self.explained(measurement, model, folder)
         if measurement.headline() is None:
             return measurement
         with self._clock():
-            contender, _ = self._contender(model, folder, self.target.threads)
+            contender = self._as_it_is(folder, current.NAME, self.target.threads, engine)
             if self.settings.profile and isinstance(lost := _or_reason(lambda: self._profile(contender)), NotMeasured):
                 say(f"  no profile: {lost.not_measured}")
             return replace(
@@ -244,10 +264,13 @@ class Measurer:
         folder, threads = self._run_folder / PROFILE, self.target.threads
         folder.mkdir(exist_ok=True)
         files = {"final_onnxruntime.json": contender.folder} if contender.runtime == "onnxruntime" else {}
-        if files and not isinstance(self._baseline_exported, NotMeasured):
-            files["baseline_onnxruntime.json"] = self._baseline_exported
+        exported = self._exported("onnxruntime") if files else None
+        if isinstance(exported, Contender):
+            files["baseline_onnxruntime.json"] = exported.folder
         for name, model in files.items():
             inspect(model / "model.onnx", self._inputs(1), threads, profile=folder / name)
+        if self._baseline.form != "torch":
+            return
         request = {"folder": self._folder, "inputs": self._inputs(1), "path": folder / "baseline_torch.json"}
         with machine_lock().timing():
             child.ask(
@@ -260,12 +283,12 @@ class Measurer:
 
     def _baseline_inspected(self) -> Inspection | None:
         """The exported baseline as the runtime executes it; None if it could not be exported."""
-        exported = self._baseline_exported
-        return None if isinstance(exported, NotMeasured) else self._inspected(exported)
+        exported = self._exported("onnxruntime")
+        return self._inspected(exported.folder) if isinstance(exported, Contender) else None
 
     def _inspected(self, folder: Path) -> Inspection:
         """The file in `folder` as the runtime executes it, looked at once for the same bytes."""
-        what = _file_hash(Contender(folder, self.target.runtime, self.target.threads))
+        what = _file_hash(Contender(folder, "onnxruntime", self.target.threads))
         if what not in self._seen:
             self._seen[what] = inspect(folder / "model.onnx", self._inputs(1), self.target.threads)
         return self._seen[what]
@@ -279,50 +302,74 @@ class Measurer:
 
     def _contender(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
         """The saved model, or a preview of it, as the target runs it, and whether it is a preview."""
-        if self._is_deployable(model):
-            return Contender(folder, self.target.runtime, threads), False
         current = form_of(model)
         assert current is not None
+        if not self._is_previewed(model):
+            return self._as_it_is(folder, current.NAME, threads), False
         preview = folder / "preview" / current.content_hash(model)[:16]
         if not preview.exists():
             with tempfile.TemporaryDirectory(dir=folder) as partial:
-                self._lower(model, Path(partial), rewrite=True)
+                with machine_lock().working():
+                    program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model
+                    runtime(self.target.runtime).lower(program, Path(partial), self.task)
                 preview.parent.mkdir(exist_ok=True)
                 shutil.copytree(partial, preview)
-        return Contender(preview, self.target.runtime, threads), True
+        return self._as_it_is(preview, RUNTIMES[self.target.runtime][0], threads), True
 
-    def _is_deployable(self, model: Any) -> bool:
-        """Whether the target's runtime takes `model` as it is."""
+    def _is_previewed(self, model: Any) -> bool:
+        """Whether `model` is measured as a file that the target's runtime takes, exported for that purpose."""
         current = form_of(model)
-        return current is not None and current.NAME == RUNTIMES[self.target.runtime]
+        assert current is not None
+        return current.NAME in ("torch", "program") and current.NAME not in RUNTIMES[self.target.runtime]
 
-    def _lower(self, model: Any, folder: Path, *, rewrite: bool) -> None:
-        """Write `model` to `folder` in the form that the target's runtime takes."""
-        if self._is_deployable(model):
-            form(RUNTIMES[self.target.runtime]).save(model, folder)
-            return
+    def _as_it_is(self, folder: Path, form_name: str, threads: int, engine: str = "") -> Contender:
+        """What is saved in `folder`, in `engine` or the one that will run it: the target's if that can."""
+        chosen = engine or engine_of(form_name, self.target.runtime)
+        options = self.target.options if chosen == self.target.runtime else {}
+        return Contender(folder, chosen, threads, form_name, self.target.device, options)
+
+    def _exported(self, engine: str) -> Contender | NotMeasured:
+        """The unoptimised baseline in `engine`; lowered when it is first asked for."""
+        if engine not in self._unoptimised:
+            self._unoptimised[engine] = self._lowered_baseline(engine)
+        return self._unoptimised[engine]
+
+    def _lowered_baseline(self, engine: str) -> Contender | NotMeasured:
+        if self._baseline.form in RUNTIMES[engine]:
+            return self._as_it_is(self._folder, self._baseline.form, self.target.threads, engine)
+        wanted = RUNTIMES[engine][0]
+        folder = self._folder / "exported" / wanted
+        try:
+            if not folder.exists():
+                folder.mkdir(parents=True)
+                self._lower_baseline(engine, folder)
+        except StageError as error:
+            return NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
+        return self._as_it_is(folder, wanted, self.target.threads, engine)
+
+    def _lower_baseline(self, engine: str, folder: Path) -> None:
+        """Raises StageError if the baseline cannot become what `engine` takes."""
+        if self._baseline.form not in ("torch", "program"):
+            raise StageError(f"{SPOKEN[self._baseline.form]} cannot be turned into {SPOKEN[RUNTIMES[engine][0]]}")
         with machine_lock().working():
+            model = form(self._baseline.form).load(self._folder)
             program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model
-            lower.to_onnx(
-                program,
-                folder / "model.onnx",
-                input_names=self.task.input_names,
-                output_names=self.task.output_names,
-                rewrite=rewrite,
-            )
+            unoptimised = {"rewrite": False} if RUNTIMES[engine][0] == "onnx" else {}
+            runtime(engine).lower(program, folder, self.task, **unoptimised)
 
-    def _references(self, threads: int) -> list[Contender]:
-        """The baseline in eager PyTorch and, where it could be exported, unoptimised in the target's runtime."""
-        eager = replace(self._baseline, threads=threads)
-        if self.target.runtime == "torch" or isinstance(self._baseline_exported, NotMeasured):
-            return [eager]
-        return [eager, Contender(self._baseline_exported, self.target.runtime, threads)]
+    def _references(self, engine: str, threads: int) -> list[Contender]:
+        """The baseline as it came in and, where it could be exported, unoptimised in `engine`."""
+        original = replace(self._baseline, threads=threads)
+        exported = self._exported(engine)
+        if original.runtime == engine or isinstance(exported, NotMeasured):
+            return [original]
+        return [original, replace(exported, threads=threads)]
 
     def _baseline_against_itself(self) -> list[Timed]:
         """Each reference beside another process of the same: the noise floor of the run."""
         if not self.target.is_host:
             return [Timed.nothing(self.target.elsewhere())]
-        references = self._references(self.target.threads)
+        references = self._references(self.target.runtime, self.target.threads)
         team = [*references, *references]
         try:
             (comparison,) = self._bench.compare(team, [self._inputs(1)], "timing the baseline")
@@ -331,7 +378,10 @@ class Measurer:
         names = [f"{name}{twin}" for twin in ("", "_twin") for name in NAMES[: len(references)]]
         comparison.save(self._run_folder / SAMPLES / "00_baseline_b1.npz", names)
         twins = list(range(len(references), len(team)))
-        return [self._summary(comparison, i, twins, 1, "00_baseline_b1") for i in range(len(references))]
+        return [
+            self._summary(comparison, i, twins, 1, "00_baseline_b1", self.target.runtime)
+            for i in range(len(references))
+        ]
 
     def _time(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
         """Time one contender on some batches, unless one with the same bytes was timed in this run."""
@@ -347,7 +397,7 @@ class Measurer:
         return [found[size] if size in found else self._timed[(*what, size)] for size in batch_sizes]
 
     def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
-        team = [subject, *self._references(subject.threads)]
+        team = [subject, *self._references(subject.runtime, subject.threads)]
         try:
             comparisons = self._bench.compare(team, [self._inputs(size) for size in batch_sizes], f"timing {name}")
         except MeasureError as error:
@@ -358,21 +408,21 @@ class Measurer:
         for size, comparison in zip(batch_sizes, comparisons, strict=True):
             file = f"{name}_b{size}_t{subject.threads}"
             comparison.save(self._run_folder / SAMPLES / f"{file}.npz", ["subject", *NAMES[: len(team) - 1]])
-            found.append(self._summary(comparison, 0, list(range(1, len(team))), size, file))
+            found.append(self._summary(comparison, 0, list(range(1, len(team))), size, file, subject.runtime))
         return found
 
     def _summary(
-        self, comparison: Comparison, subject: int, references: list[int], batch_size: int, file: str
+        self, comparison: Comparison, subject: int, references: list[int], batch_size: int, file: str, engine: str
     ) -> Timed:
-        """`references`: the index of the eager baseline and, unless it has none, that of the exported one."""
+        """`references`: the index of the eager baseline and, unless it has none, that of the one in `engine`."""
         if comparison.problem:
             return Timed(NotMeasured(comparison.problem), comparison.peak_memory_bytes[subject])
         times = comparison.milliseconds(subject)
         p50, p95, p99 = np.percentile(times, [50, 95, 99])
         speedup, *others = (comparison.ratio(subject, reference) for reference in references)
-        same = speedup if self.target.runtime == "torch" else others[0] if others else self._baseline_exported
-        assert isinstance(same, (Ratio, NotMeasured))
         margin, contender = self.settings.margin, comparison.team[subject]
+        own = speedup if self._baseline.runtime == engine else others[0] if others else self._exported(engine)
+        same = own if isinstance(own, Ratio) else NotMeasured(getattr(own, "not_measured", "it was not exported"))
         latency = Latency(
             runtime=contender.runtime,
             batch_size=batch_size,
@@ -405,14 +455,38 @@ class Measurer:
         with machine_lock().working():
             return quality.summary(predictions, self._reference["test"], self.task.class_names)
 
-    def _predict(self, model: Any, split: Split) -> Predictions:
+    @contextmanager
+    def evaluating(self, model: Any, engine: str = "") -> Iterator[Callable[..., Any]]:
+        """`model` as a callable on torch tensors, in `engine` or the one that will run it.
+
+        An engine whose crash would end the run has a process of its own. Raises StageError if it cannot run the model.
+        """
+        current = form_of(model)
+        assert current is not None
+        if current.NAME in RUNTIMES["torch"]:
+            yield current.as_callable(model)
+            return
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                contender = self._as_it_is(Path(folder), current.NAME, usable_cores(), engine)
+                if contender.runtime in IN_PROCESS:
+                    settings = contender.threads, contender.device, contender.options
+                    yield as_model(make_runner(contender.runtime, model, *settings))
+                    return
+                current.save(model, contender.folder)
+                with self._bench.evaluator(contender) as run:
+                    yield run
+        except MeasureError as error:
+            raise StageError(f"{contender.runtime} cannot run this model: {error}") from error
+
+    def _predict(self, model: Any, split: Split, engine: str = "") -> Predictions:
         """`model` on `split`, once for each content: steps hand one model on, and limits and figures ask again."""
         current = form_of(model)
         assert current is not None
-        key = (current.content_hash(model), split)
+        key = (current.content_hash(model), engine or engine_of(current.NAME, self.target.runtime), split)
         if key not in self._judged:
-            with machine_lock().working():
-                self._judged[key] = self.task.predict(evaluator(model, self.target.runtime), split)
+            with machine_lock().working(), self.evaluating(model, engine) as run:
+                self._judged[key] = self.task.predict(run, split)
             for old in list(self._judged)[:-MOST_JUDGED]:
                 del self._judged[old]
         return self._judged[key]

@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 from optpipe.forms import form
 from optpipe.measure import child
 from optpipe.measure.worker import bound_call
-from optpipe.runtimes import runtime
+from optpipe.runtimes import make_runner
 
 WARM_UP_CALLS, CALLS = 3, 10
 
 
 def trace(request: dict[str, Any]) -> dict[str, Any]:
     """Leave a Chrome trace of a few calls of the module saved in `folder` at `path`; TensorBoard reads it too."""
-    run = runtime("torch").runner(form("torch").load(Path(request["folder"])), int(request["threads"]))
+    run = make_runner("torch", form("torch").load(Path(request["folder"])), int(request["threads"]))
     call = bound_call(run, request["inputs"])
     for _ in range(WARM_UP_CALLS):
         call()

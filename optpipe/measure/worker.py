@@ -19,15 +19,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from optpipe.forms import form
+from optpipe import forms
 from optpipe.runtimes import RUNTIMES, Runner, Runtime, runtime
+from optpipe.runtimes.options import OPTIONS
 
 SETTLE_SECONDS = 1.0  # at most, before the first block
 WINDOW_SECONDS = 0.005  # of the calls whose times are compared to see whether they have settled
@@ -41,7 +42,8 @@ def main() -> None:
     {"import": [name]} has modules imported that the next children need.
     """
     engine = runtime(sys.argv[1])
-    form(RUNTIMES[engine.NAME])  # imported before the first fork
+    for name in RUNTIMES[engine.NAME]:
+        forms.form(name)  # imported before the first fork
     control = socket.socket(fileno=int(sys.argv[2]))
     gc.freeze()  # a child's collections look only at what it made itself
     control.sendall(b"{}\n")
@@ -127,7 +129,9 @@ class Timer:
             self._lines.write(json.dumps(answer).encode() + b"\n")
             gc.collect()
 
-    def load(self, folder: str, threads: int, cores: list[int]) -> dict[str, Any]:
+    def load(
+        self, folder: str, form: str, threads: int, device: str, options: dict[str, Any], cores: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """Load the model saved in `folder`, to run on `cores`, or where the scheduler puts it if there are none.
 
         modules: where the classes of its parts were defined.
@@ -135,11 +139,17 @@ class Timer:
         if cores:
             os.sched_setaffinity(0, cores)  # inherited by the threads that the runtime starts
         begin = time.perf_counter_ns()
-        model = form(RUNTIMES[self._engine.NAME]).load(Path(folder))
-        self._run = self._engine.runner(model, threads)
+        model = forms.form(form or RUNTIMES[self._engine.NAME][0]).load(Path(folder))
+        self._run = self._engine.runner(model, threads, device, OPTIONS[self._engine.NAME](**options))
         load = (time.perf_counter_ns() - begin) / 1e6
         parts = model.modules() if hasattr(model, "modules") else ()
         return {"load_ms": load, "modules": sorted({type(part).__module__ for part in parts})}
+
+    def run(self, inputs: str, outputs: str) -> dict[str, Any]:
+        """Call once on the arrays in one .npz file, and leave what comes out in another, by number."""
+        found = bound_call(self._run, inputs)()
+        np.savez(outputs, **{str(i): array for i, array in enumerate(found)})
+        return {}
 
     def warm_up(self, inputs: str) -> dict[str, Any]:
         """Call until the time of a call has settled; the first call's time."""

@@ -1,10 +1,12 @@
 """What runs a model. One file per engine, each with the same names.
 
-    NAME                          the engine's name in `target.runtime`
-    runner(model, threads)        a callable: NumPy arrays in (by position or by name), a list of NumPy arrays out
+    NAME                                   the engine's name in `target.runtime`
+    Options                                its settings in `target.options`, a dataclass
+    runner(model, threads, device, options)   a callable: NumPy arrays in (by position or by name), a list of them out
+    lower(program, folder, task)           how an exported program becomes a file that it runs, where it runs files
 
-A new engine is one new file here, and its name with the form that it takes in RUNTIMES. Measuring workers import these
-files, so they import torch only if they run it.
+A new engine is one new file here, its name with the forms that it takes in RUNTIMES, and its Options in
+optpipe.runtimes.options. Measuring workers import these files, so they import torch only if they run it.
 """
 
 from __future__ import annotations
@@ -12,16 +14,33 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from optpipe.errors import OptpipeError
+from optpipe.errors import OptpipeError, did_you_mean
 from optpipe.machine import usable_cores
+from optpipe.runtimes.options import OPTIONS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.export import ExportedProgram
+
+    from optpipe.forms import ExportedFile
+    from optpipe.task import Task
 
 Runner = Callable[..., list[Any]]
 
-# the form that each takes, known without importing it
-RUNTIMES = {"torch": "torch", "onnxruntime": "onnx", "openvino": "onnx"}
-OPTIONAL = {"openvino"}  # installed by optpipe's extra of the same name
+# the forms that each takes, known without importing it; models are lowered to the first for previews
+RUNTIMES: dict[str, tuple[str, ...]] = {
+    "onnxruntime": ("onnx",),
+    "openvino": ("onnx", "openvino"),
+    "aotinductor": ("aotinductor",),
+    "executorch": ("executorch",),
+    "tensorrt": ("tensorrt",),
+    "torch": ("torch", "program", "torchscript"),
+}
+OPTIONAL = ("openvino", "executorch", "tensorrt")  # installed by optpipe's extras of the same names
+IN_PROCESS = ("torch", "onnxruntime")  # a run would go down with any other that crashes
 
 
 class Runtime(Protocol):
@@ -29,12 +48,25 @@ class Runtime(Protocol):
 
     NAME: str
 
-    def runner(self, model: Any, threads: int) -> Runner: ...
+    def runner(self, model: Any, threads: int, device: str, options: Any) -> Runner: ...
+    def lower(self, program: ExportedProgram, folder: Path, task: Task, **settings: Any) -> ExportedFile: ...
 
 
 def missing(name: str) -> bool:
     """Whether the engine called `name` is not installed."""
     return name in OPTIONAL and importlib.util.find_spec(name) is None
+
+
+def installed_for(form_name: str) -> list[str]:
+    """The engines that are installed and take `form_name`."""
+    return [name for name, taken in RUNTIMES.items() if form_name in taken and not missing(name)]
+
+
+def engine_of(form_name: str, preferred: str = "") -> str:
+    """The engine that runs a model of `form_name`: the preferred one if it can, else the first that takes it."""
+    if preferred and form_name in RUNTIMES[preferred]:
+        return preferred
+    return next(name for name, taken in RUNTIMES.items() if form_name in taken)
 
 
 def runtime(name: str) -> Runtime:
@@ -45,15 +77,27 @@ def runtime(name: str) -> Runtime:
     return module  # type: ignore[no-any-return]
 
 
-def evaluator(model: Any, name: str) -> Callable[..., Any]:
-    """`model` as a callable on torch tensors: in the engine called `name` where that takes its form."""
-    from optpipe.forms import form_of
+def make_runner(
+    name: str, model: Any, threads: int = 0, device: str = "cpu", options: dict[str, Any] | None = None
+) -> Runner:
+    """A runner of `model` in the engine called `name`; by default on all cores. OptpipeError if it is missing."""
+    return runtime(name).runner(model, threads or usable_cores(), device, OPTIONS[name](**(options or {})))
 
-    current = form_of(model)
-    assert current is not None
-    if name == "torch" or RUNTIMES[name] != current.NAME:
-        return current.as_callable(model)
-    return as_model(runtime(name).runner(model, usable_cores()))
+
+def option_problems(name: str, options: dict[str, Any]) -> list[str]:
+    """What is wrong with `target.options` for the engine called `name`."""
+    import dataclasses
+
+    known = [field.name for field in dataclasses.fields(OPTIONS[name])]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known) or f"; it has {', '.join(known) or 'none'}"
+        return [f"target.options: {name} has no option '{unknown[0]}'{hint}"]
+    try:
+        OPTIONS[name](**options)
+    except ValueError as error:
+        return [f"target.options: {error}"]
+    return []
 
 
 def as_model(runner: Runner) -> Callable[..., Any]:

@@ -1,32 +1,74 @@
-"""ONNX Runtime, CPU execution provider."""
+"""ONNX Runtime: its CPU execution provider, or CUDA's and TensorRT's on a GPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
 from optpipe.forms import ExportedFile
 from optpipe.runtimes import Runner
+from optpipe.runtimes.options import OnnxRuntime
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from optpipe.task import Task
 
 NAME = "onnxruntime"
+GRAPH_LEVELS = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+DEFAULTS = OnnxRuntime()
 
 
-def runner(model: ExportedFile, threads: int) -> Runner:
-    session = ort.InferenceSession(str(model.path), session_options(threads), providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
+def runner(model: ExportedFile, threads: int, device: str = "cpu", options: OnnxRuntime = DEFAULTS) -> Runner:
+    names = options.providers or [*(["CUDAExecutionProvider"] if device != "cpu" else []), "CPUExecutionProvider"]
+    settings = [dict(options.provider_options.get(name, {})) for name in names]
+    for name, setting in zip(names, settings, strict=True):
+        if name == "CUDAExecutionProvider" and ":" in device:
+            setting.setdefault("device_id", device.partition(":")[2])
+    session = ort.InferenceSession(
+        str(model.path), session_options(threads, options), providers=names, provider_options=settings
+    )
+    inputs = [node.name for node in session.get_inputs()]
 
     def run(*args: Any, **kwargs: Any) -> list[Any]:
-        outputs: list[Any] = session.run(None, {**dict(zip(names, args, strict=False)), **kwargs})
+        outputs: list[Any] = session.run(None, {**dict(zip(inputs, args, strict=False)), **kwargs})
         return outputs
 
     return run
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int, options: OnnxRuntime = DEFAULTS) -> ort.SessionOptions:
     """One operator at a time on `threads` threads; ONNX Runtime's own graph optimisations all on (its default)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return options
+    session = ort.SessionOptions()
+    session.intra_op_num_threads = threads
+    session.inter_op_num_threads = options.inter_threads
+    if options.inter_threads > 1:
+        session.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    session.graph_optimization_level = GRAPH_LEVELS[options.graph_level]
+    session.enable_cpu_mem_arena = options.arena
+    if not options.spinning:
+        session.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    session.log_severity_level = 3
+    return session
+
+
+def lower(program: ExportedProgram, folder: Path, task: Task, rewrite: bool = True) -> ExportedFile:
+    """rewrite: as `optpipe.lower.to_onnx` takes it."""
+    from optpipe.forms.exported import EXPORTED
+    from optpipe.lower import to_onnx
+
+    return to_onnx(
+        program,
+        folder / EXPORTED["onnx"].FILE,
+        input_names=task.input_names,
+        output_names=task.output_names,
+        rewrite=rewrite,
+    )

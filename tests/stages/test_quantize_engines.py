@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from optpipe.errors import StageError
 from optpipe.forms import form
 from optpipe.lower import trace
-from optpipe.runtimes import evaluator, runtime
+from optpipe.runtimes import as_model, make_runner, runtime
 from optpipe.stages.quantize.engines import Placement
 from optpipe.stages.quantize.mixed import Mixed
 from optpipe.stages.quantize.qat import Qat
@@ -55,7 +55,7 @@ def test_openvino_runs_everything_in_integers(model, context, task, tmp_path) ->
     quantised = Static(placement=Placement.openvino).run(model, context(model))
     exported = export(quantised, task, tmp_path)
     assert in_openvino(exported.path) == {"Convolution u8": 3, "FullyConnected u8": 1}
-    run = evaluator(exported, "openvino")
+    run = as_model(make_runner("openvino", exported))
     assert error(run, quantised, task) < 0.02
 
 
@@ -69,7 +69,7 @@ def test_openvino_has_transposed_convolutions_in_integers(context, task, tmp_pat
         "'grouped' (conv_transpose2d) stays in float: OpenVINO has transposed convolutions in int8 only without groups"
     ]
     assert in_openvino(exported.path) == {"Convolution u8": 2, "Deconvolution u8": 1, "Deconvolution f32": 1}
-    assert error(evaluator(exported, "openvino"), quantised, task) < 0.02
+    assert error(as_model(make_runner("openvino", exported)), quantised, task) < 0.02
 
 
 @pytest.mark.slow
