@@ -26,13 +26,11 @@ import copy
 import hashlib
 import importlib.util
 import json
-import math
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -94,7 +92,8 @@ NETWORKS = {
             "data=docstrings",
             "pipeline=[simplify,distill,quantize,trace,export,benchmark]",
             "distill.student=optpipe.zoo.docstrings.TextEncoder",
-            "+distill.student_args={width:64,layers:2}",
+            "+distill.student_args.width=64",
+            "+distill.student_args.layers=2",
             "distill.epochs=12",
             "distill.learning_rate=2e-3",
         ),
@@ -363,9 +362,7 @@ def run(name: str, measure: Measure) -> None:
     model: nn.Module = call_factory("model", network.model, {}, "model").eval()
     recipe_run = our_run(name, network)
     manifest = read(recipe_run)
-    ours = Made(
-        OURS, recipe_run / "model", manifest["runtime"], manifest["form"], manifest["target"].get("options") or {}
-    )
+    ours = Made(OURS, recipe_run / "model", manifest["runtime"], manifest["form"], manifest["options"])
     found: dict[str, Made] = {OURS: ours}
     entries = [Entry(name=OURS, given=CAME_IN, tool=OURS, way=f"recipe {RECIPE}, in {ours.runtime}")]
     with tempfile.TemporaryDirectory() as scratch, Bench(PROBE, Path(scratch) / "workers") as bench:

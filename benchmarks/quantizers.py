@@ -26,29 +26,24 @@ import copy
 import hashlib
 import importlib.util
 import json
-import logging
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import makers
 import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from optpipe.context import Context
 from optpipe.fingerprint import environment
-from optpipe.forms import ExportedFile
-from optpipe.forms import onnx as onnx_form
+from optpipe.forms import ExportedFile, form
 from optpipe.forms import torch as torch_form
-from optpipe.lower import to_onnx, trace
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench, Contender
@@ -60,7 +55,7 @@ from optpipe.runtimes.onnxruntime import session_options
 from optpipe.stages.distill.logits import Logits  # type: ignore[import-not-found]
 from optpipe.stages.prune.channels import Channels  # type: ignore[import-not-found]
 from optpipe.stages.quantize.static import Signedness, Static  # type: ignore[import-not-found]
-from optpipe.target import InstructionSet, Target
+from optpipe.target import Target
 from optpipe.task import Task, batch_of
 from optpipe.zoo import digits, docstrings
 
@@ -68,6 +63,7 @@ RESULTS = Path("outputs/benchmarks/quantizers")
 LIMIT = 1.03  # time of ours / time of theirs
 BATCH_SIZES = (1, 16)
 TARGET = Target(threads=1)
+onnx_form = form("onnx")
 MEASURE = Measure(replicas=12, max_seconds=8.0, interval_width=0.02)
 PRUNE = Channels(ratio=0.7, round_to=16)  # the settings of recipe edge_int8
 DISTILL = Logits(epochs=10)
@@ -130,7 +126,7 @@ class Made:
 
     @property
     def path(self) -> Path:
-        return self.folder / onnx_form.FILE
+        return self.folder / makers.ONNX
 
     @property
     def size_bytes(self) -> int:
@@ -237,68 +233,20 @@ def make_files(network: Network, bench: Bench) -> list[Rival]:
     for made in (network.ours, *map(network.made_by, rivals)):
         made.folder.mkdir(exist_ok=True)
     say(f"{network.name}: optpipe")
-    export(OURS.run(copy.deepcopy(network.model), context(network, bench)), network.task, network.ours.path)
+    makers.export(OURS.run(copy.deepcopy(network.model), context(network, bench)), network.task, network.ours.path)
     for rival in rivals:
         say(f"{network.name}: {rival.name}")
         with tempfile.TemporaryDirectory() as name:
             exported = Path(name) / "exported.onnx"
-            export(copy.deepcopy(network.model), network.task, exported, rewrite=rival.rewritten)
-            quantise = quantize_nncf if rival.tool == "nncf" else quantize_onnxruntime
-            quantise(rival, exported, network.made_by(rival).path, network.task)
+            makers.export(copy.deepcopy(network.model), network.task, exported, rewrite=rival.rewritten)
+            path = network.made_by(rival).path
+            if rival.tool == "nncf":
+                makers.nncf_onnx(exported, path, network.task, transformer="transformer" in rival.name)
+            else:
+                makers.onnxruntime_static(
+                    exported, path, network.task, operators=rival.operators, symbolic_shapes=rival.symbolic_shapes
+                )
     return rivals
-
-
-def export(model: nn.Module, task: Task, path: Path, *, rewrite: bool = True) -> None:
-    names = {"input_names": task.input_names, "output_names": task.output_names}
-    to_onnx(trace(model, task), path, rewrite=rewrite, **names)
-
-
-class Calibration(CalibrationDataReader):  # type: ignore[misc]
-    """The task's calibration split as ONNX Runtime's quantiser reads it."""
-
-    def __init__(self, task: Task) -> None:
-        self._feeds: Iterator[dict[str, Any]] = (feed(batch, task) for batch, _ in task.calibration)
-
-    def get_next(self) -> dict[str, Any] | None:
-        return next(self._feeds, None)
-
-
-def feed(batch: Any, task: Task) -> dict[str, Any]:
-    (name,) = task.input_names or ["input"]
-    return {name: batch.numpy()}
-
-
-def quantize_onnxruntime(rival: Rival, exported: Path, path: Path, task: Task) -> None:
-    """Write to `path` what ONNX Runtime's quantiser makes of the float32 file `exported`."""
-    prepared = exported.with_name("prepared.onnx")
-    quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=not rival.symbolic_shapes)
-    quantize_static(
-        str(prepared),
-        str(path),
-        Calibration(task),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(rival.operators) or None,
-        per_channel=True,
-        reduce_range=TARGET.int8_instructions() is InstructionSet.avx2,  # as ours
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
-
-
-def quantize_nncf(rival: Rival, exported: Path, path: Path, task: Task) -> None:
-    """Write to `path` what NNCF makes of the float32 file `exported`."""
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    batches = [feed(batch, task) for batch, _ in task.calibration]
-    quantised = nncf.quantize(
-        onnx.load(exported),
-        nncf.Dataset(batches),
-        subset_size=len(batches),
-        target_device=nncf.TargetDevice.CPU,
-        model_type=nncf.ModelType.TRANSFORMER if "transformer" in rival.name else None,
-    )
-    onnx.save(quantised, path)
 
 
 # Times.
