@@ -25,6 +25,12 @@ class Entrant:
     broken: dict[str, str] = field(default_factory=dict)  # limits of the budget: what is said of each
 
     @property
+    def runtime(self) -> str:
+        """The engine that it was timed in; empty where it was not."""
+        latency = self.measurement.headline()
+        return latency.runtime if latency else ""
+
+    @property
     def speed(self) -> tuple[float, Interval] | None:
         """Times faster than the unoptimised baseline in the same runtime; than it came in, where it has none there."""
         latency = self.measurement.headline()
@@ -32,8 +38,14 @@ class Entrant:
             return None
         same, ci95 = latency.speedup_same_runtime, latency.speedup_same_runtime_ci95
         if isinstance(same, NotMeasured) or isinstance(ci95, NotMeasured):
-            return latency.speedup, latency.speedup_ci95
+            return self.whole_speed
         return same, ci95
+
+    @property
+    def whole_speed(self) -> tuple[float, Interval] | None:
+        """Times faster than the baseline as it came in, which compares across engines."""
+        latency = self.measurement.headline()
+        return (latency.speedup, latency.speedup_ci95) if latency else None
 
     @property
     def size(self) -> float:
@@ -68,9 +80,11 @@ class Entrant:
 
 def speed_of(one: Entrant, other: Entrant, margin: float) -> Verdict | None:
     """Of `one` against `other`; None where they were not both timed."""
-    if one.speed is None or other.speed is None:
+    same_engine = one.runtime == other.runtime
+    ours, theirs = (one.speed, other.speed) if same_engine else (one.whole_speed, other.whole_speed)
+    if ours is None or theirs is None:
         return None
-    (value, (low, high)), (reference, (least, most)) = one.speed, other.speed
+    (value, (low, high)), (reference, (least, most)) = ours, theirs
     if low > most and value > reference * (1 + margin):
         return "faster"
     return "slower" if high < least and value * (1 + margin) < reference else "same"
@@ -103,6 +117,7 @@ def best(entrants: Sequence[Entrant], margin: float) -> Entrant:
         return min(found, key=lambda one: one.drop.value)
     timed = [one for one in found if one.speed]
     if timed:
-        fastest = max(timed, key=lambda one: one.speed[0] if one.speed else 0.0)
+        speeds = [one.speed if len({each.runtime for each in timed}) == 1 else one.whole_speed for one in timed]
+        fastest = timed[max(range(len(timed)), key=lambda i: speeds[i][0] if speeds[i] else 0.0)]  # type: ignore[index]
         found = [one for one in timed if speed_of(one, fastest, margin) == "same"]
     return min(found, key=lambda one: (one.size, one.drop.value))

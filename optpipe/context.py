@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +30,15 @@ class Benchmarks:
     grid: list[Latency] = field(default_factory=list)
     callers: list[Callers] = field(default_factory=list)
     sustained: Sustained | None = None
+    engine: str = ""  # that was chosen to run the model
+    in_engine: Measurement | None = None  # the model there
 
     def __bool__(self) -> bool:
-        return bool(self.grid or self.callers or self.sustained)
+        return bool(self.grid or self.callers or self.sustained or self.engine)
 
     def added_to(self, measurement: Measurement) -> Measurement:
-        """`measurement` with what was timed."""
+        """`measurement`, or that in the engine that was chosen, with what was timed."""
+        measurement = self.in_engine or measurement
         if self.grid:
             measurement = measurement.with_grid(self.grid)
         if self.sustained:
@@ -59,6 +62,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+    choose_engine: Callable[[Any, Sequence[str], Benchmarks], None] | None = None
 
     def record(self, **facts: Any) -> None:
         """Keep facts for the report: numbers, strings, or lists of them."""
@@ -84,18 +88,23 @@ class Context:
         """
         if not self._can_time():
             return []
-        found = self.measurer.latencies(model, self.dir, batch_sizes, threads)
+        found = self.measurer.latencies(model, self.dir, batch_sizes, threads, self.benchmarks.engine)
         for point in found:
             if isinstance(point, NotMeasured):
                 self.note(f"not measured, {point.not_measured}")
         self.benchmarks.grid += [point for point in found if not isinstance(point, NotMeasured)]
         return self.benchmarks.grid
 
+    def time_engines(self, model: Any, names: Sequence[str]) -> None:
+        """Time `model`, a file, in each of the engines; the fastest inside the budget will run it from here on."""
+        if self.choose_engine is not None and self._can_time():
+            self.choose_engine(model, names, self.benchmarks)
+
     def time_callers(self, model: Any, counts: Sequence[int]) -> list[Callers]:
         """Time `model` at batch 1 under `counts` threads that call it at once; empty as for `time`."""
         if not (counts and self._can_time()):
             return []
-        found = self.measurer.callers(model, self.dir, counts)
+        found = self.measurer.callers(model, self.dir, counts, self.benchmarks.engine)
         self.benchmarks.callers.extend(found)
         return found
 
@@ -103,7 +112,7 @@ class Context:
         """Time `model` at batch 1 over `seconds` without a pause; None as for `time`."""
         if not (seconds and self._can_time()):
             return None
-        self.benchmarks.sustained = self.measurer.sustained(model, self.dir, seconds)
+        self.benchmarks.sustained = self.measurer.sustained(model, self.dir, seconds, self.benchmarks.engine)
         return self.benchmarks.sustained
 
     def _can_time(self) -> bool:

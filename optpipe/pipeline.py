@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from optpipe import contest, manifest, parity
 from optpipe.budget import AT_LEAST, Estimate, Policy, estimates, judge
 from optpipe.contest import Entrant
-from optpipe.context import Context
+from optpipe.context import Benchmarks, Context
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
 from optpipe.forms import SPOKEN, Form, form_of
@@ -208,13 +209,13 @@ class Loop:
         self.broken += [f"after '{entry.key}', {check.said}" for check in broken if check.limit in own]
         say(f"  over budget: {said}")
 
-    def _checks_of(self, choice: Choice, state: State) -> list[Check]:
-        """All limits of the run, and those on `choice`, on one of its branches."""
+    def _checks_of(self, key: str, state: State) -> list[Check]:
+        """All limits of the run, and those on the entry `key`, on one of its alternatives."""
         limits = self.plan.budget.limits()
-        for name, allowed in self.plan.budget.of_step(choice.key).items():
+        for name, allowed in self.plan.budget.of_step(key).items():
             stricter = max if name in AT_LEAST else min
             limits[name] = stricter(allowed, limits.get(name, allowed))
-        return self._checks(limits, state, choice.key)
+        return self._checks(limits, state, key)
 
     def _checks(self, limits: dict[str, float], state: State, where: str) -> list[Check]:
         if not limits:
@@ -333,7 +334,32 @@ class Loop:
         measurement = ctx.benchmarks.added_to(measurement)
         result.measurement = measurement
         result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
-        return State(model, after_form, folder, content, measurement, results=len(self.report.stages))
+        engine = ctx.benchmarks.engine or (before.engine if after_form is before.form else "")
+        return State(model, after_form, folder, content, measurement, results=len(self.report.stages), engine=engine)
+
+    def _choose_engine(
+        self, key: str, model: Any, names: Sequence[str], found: Benchmarks, folder: Path, result: StageResult
+    ) -> None:
+        """The fastest engine inside the budget; of those not told apart the one that loses least, then the target's."""
+        current = form_of(model)
+        assert current is not None
+        entrants: dict[str, Entrant] = {}
+        for name, measurement in self.measurer.engines(model, folder, names).items():
+            state = State(model, current, folder, current.content_hash(model), measurement, results=0, engine=name)
+            if measurement.headline() is None or isinstance(measurement.quality, NotMeasured):
+                lost = measurement.latency if measurement.headline() is None else measurement.quality
+                reason = lost.not_measured if isinstance(lost, NotMeasured) else "it was not timed at batch 1"
+                result.attempts.append(Attempt(method=name, ok=False, reason=reason))
+            else:
+                entrants[name] = self._entrant(key, state)
+        if not entrants:
+            return
+        best = contest.best(list(entrants.values()), self.plan.measure.margin)
+        for name, entrant in entrants.items():
+            result.attempts.append(_Branch(name, entrant=entrant).attempt(entrant is best))
+        found.engine, found.in_engine = next((n, e.measurement) for n, e in entrants.items() if e is best)
+        others = "; ".join(f"{name}: {entrant.said()}" for name, entrant in entrants.items())
+        result.notes.append(f"{found.engine} runs the model from here on, the fastest inside the budget of {others}")
 
     def _form_after(self, step: Step, before: State, model: Any) -> Form:
         found = form_of(model)
@@ -359,6 +385,9 @@ class Loop:
             notes=result.notes,
             tables=result.tables,
             attempts=result.attempts,
+            choose_engine=lambda model, names, found: self._choose_engine(
+                step.key, model, names, found, folder, result
+            ),
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
@@ -370,7 +399,7 @@ class Loop:
         folder, kept = self._dir(choice), len(self.report.stages)
         keeps_form = forms_along([choice], before.form.NAME)[0][2] == {before.form.NAME}
         competes = choice.how == "best_of" and keeps_form
-        original = self._entrant(choice, self._as_entrant(before, folder)) if competes else None
+        original = self._entrant(choice.key, self._as_entrant(before, folder)) if competes else None
         branches: list[_Branch] = []
         for number, steps in enumerate(choice.branches, 1):
             branch = self._branch(choice, steps, before, original, [folder / f"{number}_{step.key}" for step in steps])
@@ -406,7 +435,7 @@ class Loop:
         try:
             for step, folder in zip(steps, folders, strict=True):
                 state = self._step(step, state, folder)
-            entrant = original if original and state.hash == before.hash else self._entrant(choice, state)
+            entrant = original if original and state.hash == before.hash else self._entrant(choice.key, state)
             branch.state, branch.entrant = state, entrant
             branch.refused = self._refusal(state, entrant, before, original)
         except StageError as error:
@@ -433,8 +462,8 @@ class Loop:
         own.mkdir(parents=True)
         return replace(before, measurement=self.measurer.measure(before.model, own))
 
-    def _entrant(self, choice: Choice, state: State) -> Entrant:
-        broken = {check.limit: check.said for check in self._checks_of(choice, state) if not check.holds}
+    def _entrant(self, key: str, state: State) -> Entrant:
+        broken = {check.limit: check.said for check in self._checks_of(key, state) if not check.holds}
         return Entrant(measurement=state.measurement, metric=self.task.metric, drop=self._drop(state), broken=broken)
 
     def _refusal(self, state: State, entrant: Entrant, before: State, original: Entrant | None) -> str:

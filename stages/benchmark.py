@@ -9,16 +9,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from optpipe.context import Context
-from optpipe.forms import FORMS
+from optpipe.errors import StageError, did_you_mean
+from optpipe.forms import FORMS, SPOKEN, form_of
 from optpipe.registry import register
+from optpipe.runtimes import RUNTIMES, installed_for, missing
+from optpipe.target import Target
+
+INSTALLED = "installed"
 
 
 @register("benchmark/latency", takes=FORMS, gives="same")
 @dataclass(kw_only=True)
 class Latency:
-    """Paired latency for every batch size and number of threads, and the load that the model stands, in the target's
-    runtime."""
+    """Paired latency for every batch size and number of threads, and the load that the model stands.
 
+    In the target's runtime, or in the fastest of several that the budget allows; that one then is the deployed model's.
+    """
+
+    runtimes: list[str] = field(default_factory=list)  # to compare and choose from, or [installed]; else the target's
     batch_sizes: list[int] = field(default_factory=list)  # by default the target's
     threads: list[int] = field(default_factory=list)  # by default the target's
     callers: list[int] = field(default_factory=lambda: [1, 2, 4])  # threads that call one model at once
@@ -31,7 +39,18 @@ class Latency:
         if self.sustained_seconds < 0:
             raise ValueError(f"sustained_seconds is {self.sustained_seconds}; it must not be negative")
 
+    def problems(self, target: Target) -> list[str]:
+        if self.runtimes == [INSTALLED]:
+            return []
+        unknown = [name for name in self.runtimes if name not in RUNTIMES]
+        absent = [name for name in self.runtimes if name in RUNTIMES and missing(name)]
+        known = f"there are {', '.join(RUNTIMES)}, or [{INSTALLED}] for all that run the file"
+        found = [f"runtimes names '{name}'{did_you_mean(name, RUNTIMES) or '; ' + known}" for name in unknown]
+        return found + [f'runtimes names {name}, not installed here; pip install "optpipe[{name}]"' for name in absent]
+
     def run(self, model: Any, ctx: Context) -> Any:
+        if self.runtimes:
+            ctx.time_engines(model, self._engines(model, ctx.target))
         grid = ctx.time(model, self.batch_sizes or ctx.target.batch_sizes, self.threads or [ctx.target.threads])
         callers = ctx.time_callers(model, self.callers)
         sustained = ctx.time_sustained(model, self.sustained_seconds)
@@ -50,3 +69,13 @@ class Latency:
                 f"over {sustained.seconds:.0f} s without a pause a call became {sustained.drift:.2f} times as long"
             )
         return model
+
+    def _engines(self, model: Any, target: Target) -> list[str]:
+        """Those to compare, the target's first. Raises StageError for one that cannot run the model's form."""
+        found = form_of(model)
+        assert found is not None
+        able = installed_for(found.NAME)
+        if self.runtimes != [INSTALLED] and (others := sorted(set(self.runtimes) - set(able))):
+            raise StageError(f"runtimes names {', '.join(others)}, which cannot run {SPOKEN[found.NAME]}")
+        named = able if self.runtimes == [INSTALLED] else self.runtimes
+        return sorted(named, key=lambda name: name != target.runtime)

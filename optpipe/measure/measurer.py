@@ -145,13 +145,13 @@ class Measurer:
             np.savez(folder / "final.npz", **self._predict(model, "test", engine).arrays())  # type: ignore[arg-type]
 
     def latencies(
-        self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int]
+        self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int], engine: str = ""
     ) -> list[Latency | NotMeasured]:
-        """`model` on a grid, against the baseline at each point."""
+        """`model` on a grid, in `engine` or the one that will run it, against the baseline at each point."""
         with self._clock():
             found: list[Latency | NotMeasured] = []
             for count in threads:
-                contender, preview = self._saved(model, folder, count)
+                contender, preview = self._saved(model, folder, count, engine)
                 for size, timed in zip(batch_sizes, self._time(contender, batch_sizes, folder.name), strict=True):
                     if isinstance(timed.latency, NotMeasured):
                         found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.latency.not_measured}"))
@@ -183,16 +183,16 @@ class Measurer:
                 )
             return found
 
-    def callers(self, model: Any, folder: Path, counts: Sequence[int]) -> list[Callers]:
+    def callers(self, model: Any, folder: Path, counts: Sequence[int], engine: str = "") -> list[Callers]:
         """`model` at batch 1 under several threads that call it at once."""
         with self._clock():
-            contender, _ = self._saved(model, folder, self.target.threads)
+            contender, _ = self._saved(model, folder, self.target.threads, engine)
             return self._bench.callers(contender, self._inputs(1), 1, counts)
 
-    def sustained(self, model: Any, folder: Path, seconds: float) -> Sustained:
+    def sustained(self, model: Any, folder: Path, seconds: float, engine: str = "") -> Sustained:
         """`model` at batch 1, called for `seconds` without a pause."""
         with self._clock():
-            contender, _ = self._saved(model, folder, self.target.threads)
+            contender, _ = self._saved(model, folder, self.target.threads, engine)
             return self._bench.sustained(contender, self._inputs(1), seconds)
 
     def explained(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
@@ -293,19 +293,19 @@ class Measurer:
             self._seen[what] = inspect(folder / "model.onnx", self._inputs(1), self.target.threads)
         return self._seen[what]
 
-    def _saved(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
+    def _saved(self, model: Any, folder: Path, threads: int, engine: str) -> tuple[Contender, bool]:
         """The same as `_contender`, of a model that a stage may have changed since it was given it."""
         current = form_of(model)
         assert current is not None
         current.save(model, folder)
-        return self._contender(model, folder, threads)
+        return self._contender(model, folder, threads, engine)
 
-    def _contender(self, model: Any, folder: Path, threads: int) -> tuple[Contender, bool]:
-        """The saved model, or a preview of it, as the target runs it, and whether it is a preview."""
+    def _contender(self, model: Any, folder: Path, threads: int, engine: str = "") -> tuple[Contender, bool]:
+        """The saved model, or a preview of it, as the target or `engine` runs it, and whether it is a preview."""
         current = form_of(model)
         assert current is not None
         if not self._is_previewed(model):
-            return self._as_it_is(folder, current.NAME, threads), False
+            return self._as_it_is(folder, current.NAME, threads, engine), False
         preview = folder / "preview" / current.content_hash(model)[:16]
         if not preview.exists():
             with tempfile.TemporaryDirectory(dir=folder) as partial:
