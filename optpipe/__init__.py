@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optpipe.context import Context as Context
+    from optpipe.deployed import DeployedModel as DeployedModel
+    from optpipe.deployed import load as load
     from optpipe.errors import OptpipeError as OptpipeError
     from optpipe.errors import RecipeError as RecipeError
     from optpipe.errors import StageError as StageError
     from optpipe.forms import ExportedFile as ExportedFile
-    from optpipe.manifest import DeployedModel as DeployedModel
-    from optpipe.manifest import load as load
     from optpipe.metrics import Metric as Metric
     from optpipe.metrics import f1 as f1
     from optpipe.metrics import mean_absolute_error as mean_absolute_error
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Context": "context",
-    "DeployedModel": "manifest",
+    "DeployedModel": "deployed",
     "ExportedFile": "forms",
     "Metric": "metrics",
     "OptpipeError": "errors",
@@ -42,7 +42,7 @@ _HOME = {
     "Table": "report",
     "Task": "task",
     "f1": "metrics",
-    "load": "manifest",
+    "load": "deployed",
     "mean_absolute_error": "metrics",
     "mean_squared_error": "metrics",
     "multilabel_accuracy": "metrics",

@@ -37,10 +37,11 @@ from optpipe.plan import (
     budget_problems,
     chain_problems,
     forms_along,
+    method_of,
     spoken,
     steps_of,
 )
-from optpipe.runtimes import RUNTIMES, installed_for, missing, option_problems
+from optpipe.runtimes import RUNTIMES, installed_for, missing, setting_problems
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -206,6 +207,8 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
         return f"'{override}': set the limits of one step at a time: '+budget.stages.{key}={{quality_drop: 0.01}}'"
     if parent.endswith(".args") or parent == "budget.stages":
         return f"'{override}': {parent} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
+    if override.partition("=")[2].startswith("{"):
+        return f"'{override}': {path} has no '{key}' yet; add it as '+{override.lstrip('+')}'"
     hint = did_you_mean(key, fields) or (f"; it has {', '.join(fields)}" if fields else "")
     return f"'{override}': {kind} has no setting '{key}'{hint}"
 
@@ -262,6 +265,8 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
     form = settings["model"].form if settings["model"] else "torch"
+    if settings["target"]:
+        entries = _without_absent(entries, settings["target"], problems)
     if not problems:
         problems += chain_problems(entries, form)
     if not problems and entries:
@@ -401,10 +406,6 @@ class _Steps:
         except (ValueError, OmegaConfBaseException) as error:
             self.problems.append(f"{key}: {reason(error)}")
             return None
-        if missing := info.missing():
-            remedy = f'pip install "{info.extra}"' if info.extra else f"pip install {' '.join(missing)}"
-            self.problems.append(f"stage '{info.name}' needs {', '.join(missing)}, not installed here; {remedy}")
-            return None
         return Step(key, stage, info)
 
 
@@ -456,7 +457,8 @@ def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], tar
         return [f"target.runtime is '{target.runtime}'{hint or '; it must be one of ' + ', '.join(RUNTIMES)}"]
     if missing(target.runtime):
         return [f'target.runtime={target.runtime} is not installed here; pip install "optpipe[{target.runtime}]"']
-    if problems := [*option_problems(target.runtime, target.options), *machine.device_problems(target.device)]:
+    settings = target.device, target.threads, target.options
+    if problems := machine.device_problems(target.device) or setting_problems(target.runtime, *settings):
         return problems
     files = forms_along(entries, form)[-1][2] - {"torch", "program"}
     if files and not files & set(RUNTIMES[target.runtime]):
@@ -467,9 +469,31 @@ def _target_problems(entries: Sequence[Entry], relax: dict[str, list[Step]], tar
         ]
     if absent := [name for name in sorted(files) if not installed_for(name)]:
         return [f"nothing that runs {spoken(absent)} is installed here"]
-    steps = [*steps_of(entries), *itertools.chain(*relax.values())]
-    found = [f"{step.key}: {problem}" for step in steps for problem in registry.problems_of(step.stage, target)]
-    return list(dict.fromkeys(found))
+    steps = [*(entry for entry in entries if isinstance(entry, Step)), *itertools.chain(*relax.values())]
+    return list(dict.fromkeys(problem for step in steps for problem in _unmet(step, target)))
+
+
+def _unmet(step: Step, target: Target) -> list[str]:
+    """Why `step` cannot run here, or for `target`."""
+    if missing := step.info.missing():
+        remedy = f'pip install "{step.info.extra}"' if step.info.extra else f"pip install {' '.join(missing)}"
+        return [f"stage '{step.info.name}' needs {', '.join(missing)}, not installed here; {remedy}"]
+    return [f"{step.key}: {problem}" for problem in registry.problems_of(step.stage, target)]
+
+
+def _without_absent(entries: Sequence[Entry], target: Target, problems: list[str]) -> list[Entry]:
+    """`entries` without alternatives that cannot run here; a problem for a choice that has no other."""
+    kept: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Choice):
+            reasons = ["; ".join(p for step in branch for p in _unmet(step, target)) for branch in entry.branches]
+            able = tuple(branch for branch, reason in zip(entry.branches, reasons, strict=True) if not reason)
+            absent = [(method_of(b), reason) for b, reason in zip(entry.branches, reasons, strict=True) if reason]
+            if not able:
+                problems += dict.fromkeys(reason for _, reason in absent)
+            entry = replace(entry, branches=able or entry.branches, absent=tuple(absent))
+        kept.append(entry)
+    return kept
 
 
 def _used(config: DictConfig, entries: Sequence[Entry], recipe: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Context:
     notes: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
+    precisions: list[str] = field(default_factory=list)
     choose_engine: Callable[[Any, Sequence[str], Benchmarks], None] | None = None
 
     def record(self, **facts: Any) -> None:
@@ -75,6 +76,10 @@ class Context:
     def attempt(self, method: str, *, ok: bool, seconds: float, reason: str = "") -> None:
         """Keep one of several ways that were tried for the report: whether it worked, or why it did not."""
         self.attempts.append(Attempt(method=method, ok=ok, reason=reason, seconds=seconds, chosen=ok))
+
+    def computes_in(self, precision: str) -> None:
+        """Say that the result computes in less than what was given, in "half" or "int8"; parity allows for it."""
+        self.precisions.append(precision)
 
     def table(self, table: Table) -> None:
         """Keep a table for the report, which draws the columns that it names."""

@@ -57,6 +57,8 @@ def describe(plan: Plan) -> str:
         lines.append(f"  {number}. {name:<40} {_forms(before)} -> {_forms(after)}")
         for branch in () if isinstance(entry, Step) else entry.branches:
             lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
+        for method, reason in () if isinstance(entry, Step) else entry.absent:
+            lines.append(f"       without {method}: {reason}")
     limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")

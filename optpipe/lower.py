@@ -6,8 +6,9 @@ steps are those of a file that the target could run.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from optpipe import operators
 from optpipe.errors import StageError, named_reason
-from optpipe.forms import ExportedFile
+from optpipe.forms.exported import EXPORTED, ExportedFile
 from optpipe.progress import quiet
 from optpipe.rewrite import derive_bias_scales, use_global_pooling, use_packed_attention
 from optpipe.task import Task, arguments, batch_of
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 MAX_BATCH = 65536
+MAX_FILE_BYTES = 2**31 - 2**20  # of weights; protobuf takes no more, the graph included
 OPSET = 20
 ATTENTION_OPSET = 23  # the first that has the operator
 
@@ -65,12 +67,16 @@ def to_onnx(
     output_names: Sequence[str] | None = None,
     opset: int | None = None,
     rewrite: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> ExportedFile:
     """Write `program` to `path` as ONNX, checked, with nothing in it but the model: equal programs give equal bytes.
+
+    Weights of more than MAX_FILE_BYTES, which one file cannot hold, lie beside it.
 
     rewrite: whether to use the operators that runtimes have the best kernels for where torch's exporter does not, and
         to store no scale that follows from others.
     opset: by default OPSET, or ATTENTION_OPSET where the graph is rewritten and holds attention.
+    metadata: written into the file.
     Raises StageError if an operator has no ONNX form or the file does not pass ONNX's checker.
     """
     import onnx
@@ -90,7 +96,7 @@ def to_onnx(
                 verbose=False,
             )
     except Exception as error:  # the exporter's own errors share no base class
-        raise StageError(f"torch.onnx cannot export this program: {named_reason(error)}") from error
+        raise StageError(f"torch.onnx cannot export this program: {_why_not_onnx(error, program, opset)}") from error
     assert exported is not None
     operators.restore(exported.model)
     if rewrite:
@@ -98,14 +104,56 @@ def to_onnx(
         use_packed_attention(exported.model)
         derive_bias_scales(exported.model)
     _name_batch_dimension(exported.model)
-    proto = exported.model_proto
-    _strip(proto)
+    _write(exported.model, path, metadata or {})
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError(f"the exported graph is not valid ONNX: {named_reason(error)}") from error
-    path.write_bytes(proto.SerializeToString(deterministic=True))
     return ExportedFile(path, "onnx")
+
+
+def _why_not_onnx(error: BaseException, program: ExportedProgram, opset: int) -> str:
+    """The operator that has no ONNX form and the line that calls it, or the innermost reason that there is."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    operator = re.search(r"op='([\w:.]+)'", str(chain[-1]))
+    if operator is None:
+        return named_reason(chain[-1])
+    name = operator.group(1).rpartition(".")[2]
+    calls = [node for node in program.graph.nodes if name in str(node.target)]
+    trace = calls[0].meta.get("stack_trace", "") if calls else ""
+    lines = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]+)', trace)
+    where = f", which {lines[-1][0]}:{lines[-1][1]} calls: {lines[-1][2].strip()}" if lines else ""
+    return f"opset {opset} has nothing for '{operator.group(1)}'{where}; raise export.opset, or use others"
+
+
+def _write(model: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
+    import onnx
+    import onnx_ir as ir
+
+    held = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if held > MAX_FILE_BYTES:
+        ir.save(model, path, external_data=EXPORTED["onnx"].FILES[1])
+        proto = onnx.load(path, load_external_data=False)
+    else:
+        proto = ir.to_proto(model)
+    _strip(proto)
+    onnx.helper.set_model_props(proto, dict(metadata))
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def refuse_unused_inputs(program: ExportedProgram) -> None:
+    """Raises StageError if there is an input that the graph never reads."""
+    inputs = set(program.graph_signature.user_inputs)
+    unused = [
+        node.name for node in program.graph.nodes if node.op == "placeholder" and node.name in inputs and not node.users
+    ]
+    if unused:
+        raise StageError(
+            f"the graph never uses the input {', '.join(map(repr, unused))}; leave it out of the task's inputs, or see "
+            "why `forward` ignores it"
+        )
 
 
 def _has_attention(program: ExportedProgram) -> bool:

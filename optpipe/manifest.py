@@ -1,4 +1,4 @@
-"""The deployable model of a run, model/ with its manifest.json, and `load`, which calls it."""
+"""The deployable model of a run: model/ with its manifest.json. `optpipe.deployed` calls it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optpipe.errors import OptpipeError
 from optpipe.fingerprint import package_versions
 from optpipe.forms import form
-from optpipe.runtimes import Runner, make_runner
+from optpipe.signature import of_module, of_program
 
 if TYPE_CHECKING:
     from optpipe.target import Target
@@ -33,7 +33,7 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, engine:
         "files": files,
         "runtime": engine,
         "options": target.options if engine == target.runtime else {},
-        **_signature(folder, form_name, task),
+        **_signature(model, folder, form_name, task),
         "target": {
             "runtime": target.runtime,
             "device": target.device,
@@ -49,36 +49,30 @@ def deploy(model: Any, form_name: str, run_folder: Path, target: Target, engine:
 
 def facts(path: Path) -> dict[str, Any]:
     """What the manifest says of a file."""
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
+    with path.open("rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def _signature(folder: Path, form_name: str, task: Task) -> dict[str, Any]:
-    """Names, types and shapes of inputs and outputs."""
+def _signature(model: Any, folder: Path, form_name: str, task: Task) -> dict[str, Any]:
+    """Names, types and shapes of inputs and outputs. A size is a number, the name of one that is free, or None."""
     if form_name != "onnx":
-        return {"inputs": task.input_names or [], "outputs": task.output_names or []}
+        inputs = of_program(model, task) if form_name == "program" else of_module(model, task)
+        return {"inputs": inputs, "outputs": task.output_names or []}
     import onnx
 
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}  # old files list them as inputs too
 
     def describe(value: Any) -> dict[str, Any]:
         tensor = value.type.tensor_type
-        shape = [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim]
+        shape = [
+            size.dim_param or (size.dim_value if size.HasField("dim_value") else None) for size in tensor.shape.dim
+        ]
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-        return {"name": value.name, "dtype": dtype, "shape": shape}
+        return {"name": value.name, "dtype": dtype, "shape": shape if tensor.HasField("shape") else None}
 
-    return {"inputs": [*map(describe, graph.input)], "outputs": [*map(describe, graph.output)]}
-
-
-class DeployedModel:
-    """A deployed model as a callable: NumPy arrays in, by position or by name; one array or a list of them out."""
-
-    def __init__(self, manifest: dict[str, Any], runner: Runner) -> None:
-        self.manifest = manifest
-        self._runner = runner
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self._runner(*args, **kwargs)
-        return outputs[0] if len(outputs) == 1 else outputs
+    inputs = [describe(value) for value in graph.input if value.name not in weights]
+    return {"inputs": inputs, "outputs": [*map(describe, graph.output)]}
 
 
 def read(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,31 +82,13 @@ def read(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise OptpipeError(f"{run_folder} holds no deployed model ({file} is missing); name a finished run")
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
-        missing = sorted({"form", "files", "runtime", "target"} - set(manifest))
+        missing = sorted({"form", "files", "inputs", "runtime", "target"} - set(manifest))
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
+        if not isinstance(manifest["files"], dict):
+            raise ValueError("its files have no sums")
         if outside := [name for name in manifest["files"] if Path(name).name != name]:
             raise ValueError(f"it names {outside[0]}, which is not in its folder")
     except (OSError, ValueError, TypeError) as error:
         raise OptpipeError(f"{file} cannot be read ({error}); run the recipe again") from None
     return manifest
-
-
-def load(run_folder: str | os.PathLike[str], threads: int | None = None) -> DeployedModel:
-    """The deployed model of the run in `run_folder`, ready to be called.
-
-    threads: of one call; by default those of the run's target.
-    Raises OptpipeError if the folder holds no finished run, or a file is not the one that the run wrote. A model that
-    was deployed as a torch module is unpickled: load only runs that you trust.
-    """
-    folder = Path(run_folder) / FOLDER
-    manifest = read(run_folder)
-    for name, expected in manifest["files"].items():
-        if not (folder / name).exists() or facts(folder / name) != expected:
-            raise OptpipeError(
-                f"{folder / name} is missing or is not the file that the run wrote; run the recipe again"
-            )
-    model = form(manifest["form"]).load(folder)
-    name = manifest["runtime"]
-    settings = threads or manifest["target"]["threads"], manifest["target"]["device"], manifest.get("options")
-    return DeployedModel(manifest, make_runner(name, model, *settings))

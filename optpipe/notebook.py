@@ -13,7 +13,7 @@ from optpipe.report import Final, Measurement, NotMeasured
 if TYPE_CHECKING:
     from torch import nn
 
-    from optpipe.manifest import DeployedModel
+    from optpipe.deployed import DeployedModel
     from optpipe.report import Latency, Report
     from optpipe.task import Task
 
@@ -51,7 +51,7 @@ def optimize(
 
     from optpipe import compose, execute
     from optpipe.command import Command
-    from optpipe.manifest import load
+    from optpipe.deployed import load
 
     started = time.perf_counter()
     command = Command(overrides=[f"+recipe={recipe}", *overrides], config_dir=Path(config_dir) if config_dir else None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from optpipe.errors import StageError
-from optpipe.task import Task, batch_of, call, tensors_in
+from optpipe.task import Inputs, Task, batch_of, call, tensors_in
 
 BATCH_SIZES = (1, 2, 5)
 
@@ -33,10 +33,18 @@ class Parity:
         )
 
 
-def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, precision: str) -> Parity:
+def check(
+    before: Callable[..., Any],
+    after: Callable[..., Any],
+    task: Task,
+    *,
+    precision: str,
+    locate: Callable[[Inputs, float], str] | None = None,
+) -> Parity:
     """Compare two models on a batch of one, a few more, and a whole batch of validation samples.
 
     precision: what they compute in, a key of TOLERANCE.
+    locate: names the first layer that differs on some inputs by more than a tolerance, if it can.
     Raises StageError if an output is further off than that allows, or has another shape.
     """
     inputs, _ = next(iter(task.validation))
@@ -53,9 +61,11 @@ def check(before: Callable[..., Any], after: Callable[..., Any], task: Task, *, 
         worst = max(worst, *(_difference(a, b) for a, b in zip(expected, found, strict=True)))
         flips, count = _flips(expected[0], found[0]), len(expected[0])  # of the last, largest batch
     if worst > TOLERANCE[precision]:
+        layer = locate(inputs, TOLERANCE[precision]) if locate else ""
+        where = f"; '{layer}' is the first layer that is seen to differ" if layer else ""
         raise StageError(
             f"the outputs changed by {worst:.2g} of their range, more than the {TOLERANCE[precision]:g} that "
-            f"{precision} allows; {flips} of {count} labels flip"
+            f"{precision} allows; {flips} of {count} labels flip{where}"
         )
     return Parity(worst, flips, count)
 
@@ -69,6 +79,11 @@ def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
     if expected.dim() < 2 or expected.shape[-1] < 2:
         return 0
     return int((expected.argmax(dim=-1) != found.argmax(dim=-1)).sum())
+
+
+def coarsest(*precisions: str) -> str:
+    """The one with the widest tolerance."""
+    return max(precisions, key=TOLERANCE.__getitem__)
 
 
 def precision(model: Any) -> str:

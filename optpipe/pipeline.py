@@ -14,24 +14,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from optpipe import contest, manifest, parity
 from optpipe.budget import AT_LEAST, Estimate, Policy, estimates, judge
 from optpipe.contest import Entrant
 from optpipe.context import Benchmarks, Context
+from optpipe.divergence import first_divergence
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
-from optpipe.forms import SPOKEN, Form, form_of
+from optpipe.forms import SPOKEN, ExportedFile, Form, form_of
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
-from optpipe.plan import Choice, Entry, Plan, Step, forms_along, spoken
+from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken
 from optpipe.progress import log, say
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
 from optpipe.runtimes import engine_of
-from optpipe.task import Task
+from optpipe.task import Inputs, Task
 from optpipe.tracking import Tracker
 
 FULL_DISK_BYTES = 2**20
@@ -171,12 +173,14 @@ class Loop:
         measurement = self.measurer.baseline(self.baseline)
         self.report.baseline = measurement
         self.tracker.baseline(measurement)
-        model = copy.deepcopy(self.baseline)
-        if isinstance(self.baseline, nn.Module):
-            self.baseline.requires_grad_(False)
-        current = form_of(model)
+        current, folder = form_of(self.baseline), self.folder / "00_baseline"
         assert current is not None
-        return State(model, current, self.folder / "00_baseline", current.content_hash(model), measurement, results=0)
+        if isinstance(self.baseline, nn.Module):
+            model = copy.deepcopy(self.baseline)
+            self.baseline.requires_grad_(False)
+        else:
+            model = current.load(folder)
+        return State(model, current, folder, current.content_hash(model), measurement, results=0)
 
     def _as_relaxed(self, step: Step) -> Step:
         """`step` with the settings that are to be tried now."""
@@ -322,8 +326,7 @@ class Loop:
         result.form = after_form.NAME
         if after_form is not before.form:
             reference = before.reloaded().model  # the stage may have changed the one that it was given
-            with self.measurer.evaluating(reference) as expected, self.measurer.evaluating(model) as found:
-                same = parity.check(expected, found, self.task, precision=parity.precision(reference))
+            same = self._parity(reference, model, parity.coarsest(parity.precision(reference), *ctx.precisions))
             result.notes.append(same.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash
@@ -336,6 +339,15 @@ class Loop:
         result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
         engine = ctx.benchmarks.engine or (before.engine if after_form is before.form else "")
         return State(model, after_form, folder, content, measurement, results=len(self.report.stages), engine=engine)
+
+    def _parity(self, before: Any, after: Any, precision: str) -> parity.Parity:
+        def locate(inputs: Inputs, tolerance: float) -> str:
+            if isinstance(before, ExportedProgram) and isinstance(after, ExportedFile) and after.format == "onnx":
+                return first_divergence(before, after, inputs, tolerance)
+            return ""
+
+        with self.measurer.evaluating(before) as expected, self.measurer.evaluating(after) as found:
+            return parity.check(expected, found, self.task, precision=precision, locate=locate)
 
     def _choose_engine(
         self, key: str, model: Any, names: Sequence[str], found: Benchmarks, folder: Path, result: StageResult
@@ -409,6 +421,7 @@ class Loop:
                 break
         chosen = self._chosen(choice, branches)
         attempts = [branch.attempt(branch is chosen) for branch in branches]
+        attempts += [Attempt(method=method, ok=False, reason=reason) for method, reason in choice.absent]
         if chosen is None and original is None:
             return self._no_alternative(choice, before, branches, attempts, keeps_form)
         for result in (result for branch in branches if branch is not chosen for result in branch.results):
@@ -430,7 +443,7 @@ class Loop:
         self, choice: Choice, steps: tuple[Step, ...], before: State, original: Entrant | None, folders: list[Path]
     ) -> _Branch:
         """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
-        first, branch = len(self.report.stages), _Branch("+".join(step.key for step in steps))
+        first, branch = len(self.report.stages), _Branch(method_of(steps))
         state = before.reloaded()
         try:
             for step, folder in zip(steps, folders, strict=True):

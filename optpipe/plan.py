@@ -47,13 +47,19 @@ class Choice:
 
     how: Literal["first_of", "best_of"]
     branches: tuple[tuple[Step, ...], ...]
+    absent: tuple[tuple[str, str], ...] = ()  # branches that cannot run here: their steps, and why
 
     @property
     def key(self) -> str:
-        return f"{self.how}_" + "_".join("+".join(step.key for step in branch) for branch in self.branches)
+        return f"{self.how}_" + "_".join(map(method_of, self.branches))
 
 
 Entry = Step | Choice
+
+
+def method_of(branch: Sequence[Step]) -> str:
+    """What a branch is called in the report."""
+    return "+".join(step.key for step in branch)
 
 
 def steps_of(entries: Sequence[Entry]) -> list[Step]:

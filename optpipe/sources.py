@@ -24,7 +24,7 @@ FILES = ("onnx", "program")  # the forms that a model may come in as, beside a m
 class Model:
     """The settings under `model:`."""
 
-    factory: str = MISSING  # dotted path of a callable that returns an nn.Module
+    factory: str = ""  # dotted path of a callable that returns an nn.Module
     args: dict[str, Any] = field(default_factory=dict)  # its keyword arguments
     weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only=True
     path: str | None = None  # in place of a factory: a file that holds the whole model
@@ -72,7 +72,7 @@ def _file_problems(model: Model) -> list[str]:
     """Of a model that starts as a file."""
     if model.format not in FILES:
         return [f"model.format is '{model.format}'; it must be one of {', '.join(FILES)}, or torch for a factory"]
-    if model.path is None or model.path == MISSING:
+    if not model.path:
         return [f"model={model.format} needs model.path=…, the path of {SPOKEN[model.format]}"]
     if not Path(model.path).is_file():
         return [f"model.path is '{model.path}', which is not a file; give the path of {SPOKEN[model.format]}"]
@@ -109,10 +109,9 @@ def _from_file(path: Path, format: str, subject: str) -> Any:
 
     try:
         if format == "program":
-            import torch
-            import torchao.quantization.pt2e  # noqa: F401  registers the operators of quantised programs
+            from optpipe.forms.program import read
 
-            return torch.export.load(path)
+            return read(path)
         import onnx
 
         proto = onnx.load(path, load_external_data=False)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from optpipe import compose
 from optpipe.command import read
@@ -30,9 +31,12 @@ def problems(*words: str) -> str:
 
 @pytest.mark.parametrize("recipe", compose.builtin_recipes())
 def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> None:
-    (plan,) = plans(f"+recipe={recipe}")
     text = (compose.CONF / "recipe" / f"{recipe}.yaml").read_text()
-    assert plan.entries
+    if recipe.startswith("gpu") and not torch.cuda.is_available():
+        assert "torch finds no GPU here" in problems(f"+recipe={recipe}")
+    else:
+        (plan,) = plans(f"+recipe={recipe}")
+        assert plan.entries
     assert "# Produces:" in text and f"+recipe={recipe}" in text
 
 
@@ -53,6 +57,15 @@ def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> N
         ([EDGE, "seed=one"], ["seed is 'one'; it must be of type int"]),
         ([EDGE, "device=gpu"], ["device is 'gpu'", "cuda"]),
         ([EDGE, "target.threads=0"], ["target: threads is 0; it must be at least 1"]),
+        ([EDGE, "distill.student_args={width:64}"], ["no 'width' yet; add it as '+distill.student_args={width:64}'"]),
+        ([EDGE, "+target.options.spining=false"], ["onnxruntime has no option 'spining'", "did you mean 'spinning'?"]),
+        ([EDGE, "target.options={spinning:false}"], ["add it as '+target.options={spinning:false}'"]),
+        ([EDGE, "+target.options.graph_level=most"], ["graph_level is 'most'; it must be one of off, basic"]),
+        ([EDGE, "target.device=cuda:77"], ["target.device is 'cuda:77', but"]),
+        ([EDGE, "target.device=gpu"], ["it must be cpu, cuda or cuda:<number>"]),
+        ([EDGE, "export=openvino"], ["ends with an OpenVINO IR, which target.runtime=onnxruntime does not run"]),
+        ([EDGE, "benchmark.runtimes=[onxruntime]"], ["runtimes names 'onxruntime'; did you mean 'onnxruntime'?"]),
+        ([EDGE, "target.runtime=executorch", "target.threads=77"], ["always use every core"]),
         ([EDGE, "target.runtime=onxruntime"], ["target.runtime is 'onxruntime'", "did you mean 'onnxruntime'?"]),
         (
             [EDGE, "quantize.placement=inductor", "quantize.weights=per_tensor"],
@@ -154,6 +167,16 @@ def test_a_broken_recipe_does_not_hide_a_broken_override(tmp_path: Path) -> None
     )
     said = problems("+recipe=mine", f"--config-dir={tmp_path}", "seeed=1", "prune.rato=0.5")
     assert "did you mean 'channels'" in said and "did you mean 'seed'" in said
+
+
+def test_an_alternative_that_cannot_run_here_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("+export@export_engine=tensorrt", "+trace@trace_engine=program")
+    choice = "{best_of:[[trace,export],[trace_engine,export_engine]]}"
+    (plan,) = plans(EDGE, *words, f"pipeline=[{choice},benchmark]")
+    ((method, reason),) = plan.entries[0].absent
+    assert method == "trace_engine+export_engine" and "tensorrt" in reason and len(plan.entries[0].branches) == 1
+    nothing = problems(EDGE, *words, "+export@other=tensorrt", "pipeline=[trace,{first_of:[export_engine,other]}]")
+    assert nothing.count("needs tensorrt") == 1
 
 
 def test_the_next_step_must_take_what_every_branch_gives() -> None:

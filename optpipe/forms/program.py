@@ -11,8 +11,10 @@ import torch
 from torch.export import ExportedProgram
 
 from optpipe.forms.torch import update_with_tensor
+from optpipe.progress import quiet
 
 NAME = "program"
+FILE = "program.pt2"
 
 
 def matches(model: Any) -> bool:
@@ -20,19 +22,25 @@ def matches(model: Any) -> bool:
 
 
 def save(model: ExportedProgram, folder: Path) -> None:
-    torch.export.save(model, folder / "program.pt2")
+    torch.export.save(model, folder / FILE)
 
 
 def load(folder: Path) -> ExportedProgram:
-    return torch.export.load(folder / "program.pt2")
+    return read(folder / FILE)
+
+
+def read(path: Path) -> ExportedProgram:
+    """The program in a file of torch.export.save."""
+    with quiet("torch"):
+        return torch.export.load(path)
 
 
 def files(folder: Path) -> list[Path]:
-    return [folder / "program.pt2"]
+    return [folder / FILE]
 
 
 def size_bytes(folder: Path) -> int:
-    return (folder / "program.pt2").stat().st_size
+    return (folder / FILE).stat().st_size
 
 
 def as_callable(model: ExportedProgram) -> Callable[..., Any]:

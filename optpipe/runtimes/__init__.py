@@ -11,8 +11,10 @@ optpipe.runtimes.options. Measuring workers import these files, so they import t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,10 +86,25 @@ def make_runner(
     return runtime(name).runner(model, threads or usable_cores(), device, OPTIONS[name](**(options or {})))
 
 
-def option_problems(name: str, options: dict[str, Any]) -> list[str]:
-    """What is wrong with `target.options` for the engine called `name`."""
-    import dataclasses
+def setting_problems(name: str, device: str, threads: int, options: dict[str, Any]) -> list[str]:
+    """What is wrong with the target's device, threads and options for the engine called `name`."""
+    if device != "cpu" and name in ("openvino", "executorch"):
+        return [f"target.device is '{device}', but {name} runs on cpu here"]
+    if device == "cpu" and name == "tensorrt":
+        return ["target.runtime=tensorrt runs on a GPU; set target.device=cuda where there is one"]
+    if device != "cpu" and name == "onnxruntime":
+        import onnxruntime as ort
 
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            return [
+                f"target.device is '{device}', but this ONNX Runtime is built for processors only; pip install "
+                "onnxruntime-gpu in its place"
+            ]
+    if name == "executorch" and threads != os.cpu_count():
+        return [
+            f"target.threads is {threads}, but ExecuTorch's Python bindings always use every core; set it to "
+            f"{os.cpu_count()} here"
+        ]
     known = [field.name for field in dataclasses.fields(OPTIONS[name])]
     unknown = [key for key in options if key not in known]
     if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from optpipe.errors import StageError, named_reason
 from optpipe.forms import ExportedFile
+from optpipe.progress import quiet
 from optpipe.runtimes import Runner
 from optpipe.task import tensors_in
 
@@ -38,20 +40,22 @@ def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Any 
     return run
 
 
-def lower(program: ExportedProgram, folder: Path, task: Task, **settings: Any) -> ExportedFile:
-    """Compile `program` for this machine's processor, or the device that it lies on, with its weights frozen.
+def lower(
+    program: ExportedProgram, folder: Path, task: Task, freezing: bool = True, max_autotune: bool = False
+) -> ExportedFile:
+    """Compile `program` for this machine's processor, or the device that it lies on.
 
-    settings: of torch._inductor.config, for example max_autotune=True.
+    freezing, max_autotune: as in torch._inductor.config.
     Raises StageError with the compiler's reason if it cannot.
     """
-    import torchao.quantization.pt2e  # noqa: F401  registers the operators that a quantised program calls
     from torch._inductor import config
 
     from optpipe.forms.exported import EXPORTED
 
     path = folder / EXPORTED[NAME].FILE
     try:
-        with config.patch({"freezing": True, **settings}), torch.no_grad():
+        settings = {"freezing": freezing, "max_autotune": max_autotune}
+        with config.patch(settings), torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet("torch"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's own errors share no base class
         raise StageError(f"AOTInductor cannot compile this program: {named_reason(error)}") from error

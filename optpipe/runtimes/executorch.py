@@ -5,6 +5,7 @@ Its memory is planned ahead for one batch size; a larger batch is answered part 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,9 @@ NAME = "executorch"
 
 
 def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Any = None) -> Runner:
-    """Its thread pool has one size for the whole process, which its bindings set."""
-    from executorch.extension.pybindings import portable_lib
+    """threads: it always uses one for each core; its bindings have no setting for it, and a plan asks for no other."""
     from executorch.runtime import Runtime
 
-    portable_lib._threadpool_reset(threads) if hasattr(portable_lib, "_threadpool_reset") else None
     method = Runtime.get().load_program(str(model.path)).load_method("forward")
     planned = int(method.metadata.input_tensor_meta(0).sizes()[0])
 
@@ -57,8 +56,6 @@ def lower(program: ExportedProgram, folder: Path, task: Task, batch_size: int = 
 
     path = folder / EXPORTED[NAME].FILE
     try:
-        import warnings
-
         with warnings.catch_warnings(action="ignore"), quiet("root"):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower

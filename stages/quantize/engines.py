@@ -39,7 +39,15 @@ class Placement(Enum):
         """The same with `auto` replaced."""
         if self is not Placement.auto:
             return self
-        return Placement[target.runtime] if target.runtime in Placement.__members__ else Placement.onnxruntime
+        return next((one for one, runtime in OF_RUNTIME.items() if runtime == target.runtime), Placement.onnxruntime)
+
+
+OF_RUNTIME = {
+    Placement.onnxruntime: "onnxruntime",
+    Placement.openvino: "openvino",
+    Placement.inductor: "aotinductor",
+    Placement.xnnpack: "executorch",
+}
 
 
 def is_signed(placement: Placement, target: Target) -> bool:
@@ -88,7 +96,7 @@ def quantizer_for(placement: Placement, ctx: Context, scheme: Scheme, keep: Iter
     from .placement import ONNX_RUNTIME, OPENVINO, IntegerQuantizer
 
     engine = placement.for_target(ctx.target)
-    if engine.value != ctx.target.runtime:
+    if OF_RUNTIME[engine] != ctx.target.runtime:
         ctx.note(f"placed for {engine.value}, but run in {ctx.target.runtime}, which may compute parts of it in float")
     if engine is Placement.inductor:
         return Borrowed("torchao's quantiser for Inductor", *_inductor(scheme, ctx.target), scheme, keep)

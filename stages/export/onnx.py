@@ -1,11 +1,11 @@
-"""Export: write a captured graph to a file that runs without Python.
+"""Export to ONNX.
 
 Takes an exported program, gives an ONNX file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from optpipe.context import Context
@@ -20,11 +20,16 @@ if TYPE_CHECKING:
 @register("export/onnx", takes="program", gives="onnx", requires=("onnx", "onnxscript"))
 @dataclass(kw_only=True)
 class Onnx:
-    """ONNX by torch's dynamo exporter: named inputs and outputs, free batch size, checked, without debug metadata."""
+    """ONNX by torch's dynamo exporter: named inputs and outputs, free sizes, checked, without debug metadata.
+
+    What is free, such as the batch size, is what the trace left free. Weights of more than 2 GB lie beside the graph,
+    in model.onnx.data.
+    """
 
     opset: int | None = None  # by default 20; 23 for a model with attention, the first that has an operator for it
     input_names: list[str] | None = None  # by default the task's, else those of `forward`
     output_names: list[str] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)  # written into the file, for example {version: "3"}
 
     def __post_init__(self) -> None:
         if self.opset is not None and not 18 <= self.opset <= 23:
@@ -34,14 +39,16 @@ class Onnx:
         import onnx
 
         from optpipe.forms.exported import EXPORTED
-        from optpipe.lower import to_onnx
+        from optpipe.lower import refuse_unused_inputs, to_onnx
 
+        refuse_unused_inputs(model)
         exported = to_onnx(
             model,
             ctx.dir / EXPORTED["onnx"].FILE,
             input_names=self.input_names or ctx.task.input_names,
             output_names=self.output_names or ctx.task.output_names,
             opset=self.opset,
+            metadata=self.metadata,
         )
-        ctx.record(opset=onnx.load(exported.path).opset_import[0].version)
+        ctx.record(opset=onnx.load(exported.path, load_external_data=False).opset_import[0].version)
         return exported
