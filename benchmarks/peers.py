@@ -52,10 +52,10 @@ from optpipe.manifest import read
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench, Comparison, Contender
 from optpipe.measure.settings import Measure
-from optpipe.predictions import Predictions
+from optpipe.predictions import Predictions, join
 from optpipe.progress import say
 from optpipe.sources import call_factory
-from optpipe.task import Task, batch_of, tensors_in
+from optpipe.task import Task, batch_of, map_tensors, tensors_in
 
 RESULTS = Path("outputs/benchmarks/peers")
 RECIPE = "cpu_fast"
@@ -81,6 +81,14 @@ class Network:
     is_transformer: bool = False
 
 
+# The recipe's pipeline without pruning, for networks whose place a smaller one takes.
+ENGINES = (
+    "[quantize,trace,export]",
+    "[quantize_openvino,trace_openvino,export_openvino]",
+    "[trace_float,export_float]",
+    "[trace_compiled,export_compiled]",
+)
+STUDENT = f"pipeline=[simplify,distill,{{best_of:[{','.join(ENGINES)}]}},benchmark]"
 # The stack of each network, chosen on validation data (docs/peers.md).
 NETWORKS = {
     "digits": Network("optpipe.zoo.digits.trained", "optpipe.zoo.digits.task"),
@@ -90,11 +98,11 @@ NETWORKS = {
         (
             "model=docstrings",
             "data=docstrings",
-            "pipeline=[simplify,distill,quantize,trace,export,benchmark]",
+            STUDENT,
             "distill.student=optpipe.zoo.docstrings.TextEncoder",
             "+distill.student_args.width=64",
             "+distill.student_args.layers=2",
-            "distill.epochs=12",
+            "distill.epochs=24",
             "distill.learning_rate=2e-3",
         ),
         is_transformer=True,
@@ -105,11 +113,11 @@ NETWORKS = {
         (
             "model=residual_mlp",
             "data=propositions",
+            STUDENT,
             "distill=logits_student",
             "distill.student_args.width=64",
-            "distill.epochs=16",
+            "distill.epochs=8",
             "quantize=weight_only_load",
-            "pipeline=[simplify,distill,quantize,trace,export,benchmark]",
         ),
     ),
 }
@@ -179,8 +187,9 @@ class Made:
         return form(self.form).size_bytes(self._at(1))
 
     def predictions(self, task: Task, bench: Bench) -> Predictions:
-        with bench.evaluator(self.at(1)) as model:
-            return task.predict(one_by_one(model) if self.is_fixed else model, "test")
+        size = max(BATCH_SIZES)
+        with bench.evaluator(self.at(size)) as model:
+            return task.predict(in_parts(model, size) if self.is_fixed else model, "test")
 
     def _at(self, batch_size: int) -> Path:
         return self.folder / f"batch_{batch_size}" if self.is_fixed else self.folder
@@ -502,9 +511,18 @@ def inputs(task: Task, size: int, folder: Path) -> Path:
     return path
 
 
-def one_by_one(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A model of single samples as one of batches."""
-    return lambda batch: torch.cat([model(sample) for sample in batch.split(1)])
+def first(outputs: Any, size: int) -> Any:
+    return map_tensors(lambda tensor: tensor[:size], outputs)
+
+
+def in_parts(model: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """A model of exactly `size` samples as one of batches of one tensor; the last part is filled up by repetition."""
+
+    def whole(batch: torch.Tensor) -> Any:
+        parts = batch.split(size)
+        return join([first(model(batch_of(part, size)), len(part)) for part in parts])
+
+    return whole
 
 
 # Tables and bars.
@@ -589,6 +607,7 @@ def latency_bar(result: Result, given: str, size: int, limit: float) -> Iterator
     """Against the fastest of the others that keep quality; two times within MARGIN are the same."""
     timed = {e.name: (e, t) for e in result.others(given) if e.keeps_quality and (t := time_at(result, size, e))}
     if not timed:
+        yield f"latency at batch {size}, others given the network {given}: none that keeps its quality was timed"
         return
     best, time = max(timed.values(), key=lambda pair: pair[1].ratio)
     allowed = limit * (1 + MARGIN) if limit == SAME else limit
