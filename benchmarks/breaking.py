@@ -33,7 +33,7 @@ from optpipe import parity
 from optpipe.context import Context
 from optpipe.errors import StageError, named_reason
 from optpipe.forms import ExportedFile
-from optpipe.forms import onnx as onnx_form
+from optpipe.forms.exported import EXPORTED
 from optpipe.lower import to_onnx, trace
 from optpipe.progress import say
 from optpipe.runtimes.onnxruntime import session_options
@@ -139,7 +139,7 @@ def quantise(model: nn.Module, pruned: nn.Module, task: Task, folder: Path, row:
     row.operators = f"{integer} of {integer + sum(others.values())}"
     if others:
         row.operators += f" ({', '.join(f'{n} {kind}' for kind, n in others.items())})"
-    run = onnx_form.as_callable(exported)
+    run = EXPORTED["onnx"].as_callable(exported)
     found = parity.check(quantised, run, task, precision="int8")
     row.parity = f"{found.max_error:.1e}, {found.label_flips} of {found.n}"
     row.accuracy = f"{float_accuracy:.1%} → {float(task.evaluate(run, 'validation').mean()):.1%}"

@@ -40,7 +40,7 @@ from optpipe.context import Context
 from optpipe.errors import StageError
 from optpipe.fingerprint import environment
 from optpipe.forms import ExportedFile
-from optpipe.forms import onnx as onnx_form
+from optpipe.forms.exported import EXPORTED
 from optpipe.lower import to_onnx, trace
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
@@ -196,7 +196,7 @@ def run(name: str, seed: int, only: list[str] | None, *, timed: bool) -> None:
         if not (origin / "result.json").exists():
             with machine_lock().working():
                 export(copy.deepcopy(baseline), task, origin, rewrite=False)
-                keep(origin, Result(size_bytes=onnx_form.size_bytes(origin)), task.predict(baseline, "test"))
+                keep(origin, Result(size_bytes=EXPORTED["onnx"].size_bytes(origin)), task.predict(baseline, "test"))
         for option in chosen:
             folder = folder_of(name, seed, option.name)
             if (folder / "result.json").exists() and read(folder).made_by == made_by(option):
@@ -229,9 +229,9 @@ def compress(
     except StageError as error:
         result.failed = str(error)
         return result, None
-    result.size_bytes = onnx_form.size_bytes(folder)
-    result.compressed_bytes = len(zlib.compress((folder / onnx_form.FILE).read_bytes(), 6))
-    return result, task.predict(onnx_form.as_callable(exported), "test")
+    result.size_bytes = EXPORTED["onnx"].size_bytes(folder)
+    result.compressed_bytes = len(zlib.compress((folder / EXPORTED["onnx"].FILE).read_bytes(), 6))
+    return result, task.predict(EXPORTED["onnx"].as_callable(exported), "test")
 
 
 def time(name: str, seed: int, chosen: list[Option], task: Task, bench: Bench) -> None:
@@ -277,7 +277,7 @@ def made(stage: str, settings: dict[str, Any]) -> Any:
 
 def export(model: Any, task: Task, folder: Path, *, rewrite: bool = True) -> ExportedFile:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / onnx_form.FILE
+    path = folder / EXPORTED["onnx"].FILE
     return to_onnx(trace(model, task), path, input_names=task.input_names, rewrite=rewrite)
 
 

@@ -89,7 +89,7 @@ def deployed(file: ExportedFile, runtime: str, folder: Path, inputs: int, width:
         train=empty, validation=empty, calibration=empty, test=empty,
         example_inputs=tuple(torch.zeros(2, width) for _ in range(inputs)), metric=top1_accuracy(),
     )  # fmt: skip
-    manifest.deploy(file, "onnx", folder, Target(runtime=runtime, threads=1), task)
+    manifest.deploy(file, "onnx", folder, Target(runtime=runtime, threads=1), runtime, task)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Does +recipe=reasoner keep what it promises? `python benchmarks/reasoner.py` (some minutes; exit code 1 if it does not).
+"""Does +recipe=reasoner keep what it promises? `python benchmarks/reasoner.py` (minutes; exit code 1 if it does not).
 
     python benchmarks/reasoner.py                           # runs the recipe, and judges what its report says
     python benchmarks/reasoner.py outputs/runs/<time>       # judges a run that is there
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optpipe.report import Latency, Quality, Report
+from optpipe.report import Latency, NotMeasured, Quality, Report, figures
 
 THREADS = (1, 2)
 SPEEDUP = {1: 200, 4: 250, 8: 250, 16: 250}  # by batch size, at least
@@ -60,7 +60,8 @@ def judge(run: Path) -> int:
 def promises(report: Report, run: Path) -> Iterator[Bar]:
     """What issue and recipe say, each beside its figure."""
     final = report.final.measurement
-    points = {(entry.batch_size, entry.threads): entry for entry in final.latency}
+    timed = [] if isinstance(final.latency, NotMeasured) else final.latency
+    points = {(entry.batch_size, entry.threads): entry for entry in timed}
     for threads in THREADS:
         for size, least in SPEEDUP.items():
             yield speed(points.get((size, threads)), f"batch {size}, {threads} thread(s): ≥ {least} × faster", least)
@@ -68,7 +69,7 @@ def promises(report: Report, run: Path) -> Iterator[Bar]:
         yield jitter(points.get((1, threads)), threads, run)
     yield quality(report.baseline.quality, final.quality)
     before, after = report.baseline.size_bytes, final.size_bytes
-    found = f"{before / after:.0f} × ({before / 1e6:.1f} MB → {after / 1e3:.1f} KB)"
+    found = f"{before / after:.0f} × ({figures.size(before)} → {figures.size(after)})"
     yield Bar(f"file ≥ {SIZE} × smaller", found, before / after >= SIZE)
     worked = [stage for stage in report.stages if stage.status == "ok"]
     families = [family for family in STAGES if any(stage.stage.startswith(f"{family}/") for stage in worked)]

@@ -137,7 +137,7 @@ def _check_files(found: dict[str, Any], folder: Path) -> None:
             raise OptpipeError(
                 f"{folder / name} is missing or is not the file that the run wrote; run the recipe again"
             )
-    for path in form(found["form"]).files(folder):
+    for path in (*form(found["form"]).files(folder), *folder.glob("module.pt")):  # the latter is unpickled
         if path.name not in found["files"]:
             raise OptpipeError(f"{file} does not name {path.name}, so it cannot be checked; run the recipe again")
 

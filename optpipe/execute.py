@@ -26,7 +26,10 @@ def execute(
     started: time.perf_counter() when this run began.
     Raises RecipeError before anything is recorded, StageError afterwards.
     """
+    from torch import nn
+
     from optpipe import pipeline, preflight
+    from optpipe.task import Task
 
     begin = time.perf_counter()
     given = {name: None for name, value in (("model", model), ("data", task)) if value is not None}
@@ -34,6 +37,8 @@ def execute(
     task = sources.build_task(plan.data, plan.subject) if task is None else task
     model = sources.build_model(plan.model, plan.subject) if model is None else model
     model_seconds = time.perf_counter() - begin
+    if isinstance(task, Task) and isinstance(model, nn.Module):
+        model = task.processed(model)
     preflight.check(model, task, plan.budget, plan.subject)
     plan = replace(plan, device=_resolved(plan.device))
     write_config(plan.config, folder)

@@ -6,57 +6,46 @@ steps are those of a file that the target could run.
 
 from __future__ import annotations
 
+import contextlib
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from optpipe import operators
+from optpipe.capture import capture
 from optpipe.errors import StageError, named_reason
 from optpipe.forms.exported import EXPORTED, ExportedFile
 from optpipe.progress import quiet
 from optpipe.rewrite import derive_bias_scales, use_global_pooling, use_packed_attention
-from optpipe.task import Task, arguments, batch_of
+from optpipe.task import Task
 
 if TYPE_CHECKING:
     import onnx_ir
 
-MAX_BATCH = 65536
 MAX_FILE_BYTES = 2**31 - 2**20  # of weights; protobuf takes no more, the graph included
 OPSET = 20
 ATTENTION_OPSET = 23  # the first that has the operator
 
 
 def trace(model: nn.Module, task: Task, *, training: bool = False) -> ExportedProgram:
-    """`model` as an ExportedProgram whose batch size is free from 1 to MAX_BATCH.
+    """`model` as an ExportedProgram whose batch size is free, as `capture` does it: the fast way, else the other.
 
-    training: whether dropout and batch norm are captured as they are while a model is trained.
-    Raises StageError with torch.export's reason if the model cannot be captured as one graph.
+    Raises StageError with the reason of the slower way, which reads the source, if neither captures it.
     """
-    example = batch_of(task.example_inputs, 2)  # a batch of one would be specialised away
-    args, kwargs = arguments(example)
-    batch = Dim("batch", min=1, max=MAX_BATCH)
-    positions = tuple({0: batch} if tensor.dim() else {} for tensor in args)
-    names = {name: {0: batch} if tensor.dim() else {} for name, tensor in kwargs.items()}
-    if not isinstance(model, fx.GraphModule):  # which is fixed in one mode
-        model = model.train(training)
     try:
-        with warnings.catch_warnings():
-            # a recurrent layer's own list of its weights, which it makes anew
-            warnings.filterwarnings("ignore", "The tensor attributes .*_flat_weights", UserWarning)
-            return torch.export.export(model, args, kwargs, dynamic_shapes=names or positions)
-    except Exception as error:  # torch.export raises dozens of types for what a model may not do
-        if "specialized it to be a constant" in str(error):
-            raise StageError(
-                "torch.export cannot capture this model with a free batch size: on the way it makes a fixed number of "
-                "it, as by len(tensor), int(tensor.shape[0]) or a size written in view or expand; use tensor.shape[0]"
-            ) from error
-        raise StageError(f"torch.export cannot capture this model as a graph: {named_reason(error)}") from error
+        return capture(model, task, strict=False, training=training)
+    except StageError as error:
+        if isinstance(model, fx.GraphModule):  # holds no Python to read
+            raise StageError(f"torch.export cannot capture this model as a graph: {error}") from error
+    try:
+        return capture(model, task, strict=True, training=training)
+    except StageError as error:
+        raise StageError(f"torch.export cannot capture this model as a graph: {error}") from error
 
 
 def to_onnx(
@@ -84,7 +73,8 @@ def to_onnx(
     if opset is None:
         opset = ATTENTION_OPSET if rewrite and _has_attention(program) else OPSET
     try:
-        with quiet("torch.onnx._internal.exporter._registration"):  # it warns that there is no torchvision
+        # it warns that there is no torchvision
+        with quiet("torch.onnx._internal.exporter._registration"), _views_as_reshapes(program):
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -138,7 +128,7 @@ def _write(model: onnx_ir.Model, path: Path, metadata: Mapping[str, str]) -> Non
         proto = onnx.load(path, load_external_data=False)
     else:
         proto = ir.to_proto(model)
-    _strip(proto)
+    strip(proto)
     onnx.helper.set_model_props(proto, dict(metadata))
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
@@ -156,6 +146,19 @@ def refuse_unused_inputs(program: ExportedProgram) -> None:
         )
 
 
+@contextlib.contextmanager
+def _views_as_reshapes(program: ExportedProgram) -> Iterator[None]:
+    """A view fits the strides that a tensor had while it was captured; the exporter's attention gives others."""
+    views = [node for node in program.graph.nodes if node.target is torch.ops.aten.view.default]
+    for node in views:
+        node.target = torch.ops.aten.reshape.default
+    try:
+        yield
+    finally:
+        for node in views:
+            node.target = torch.ops.aten.view.default
+
+
 def _has_attention(program: ExportedProgram) -> bool:
     return any(node.target is torch.ops.aten.scaled_dot_product_attention.default for node in program.graph.nodes)
 
@@ -169,7 +172,7 @@ def _name_batch_dimension(model: onnx_ir.Model) -> None:
             value.shape = ir.Shape(["batch", *value.shape[1:]])
 
 
-def _strip(proto: Any) -> None:
+def strip(proto: Any) -> None:
     """Remove names, source paths and stack traces that only debuggers read: most of a small model's file."""
     for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.input, *proto.graph.output):
         holder.ClearField("metadata_props")

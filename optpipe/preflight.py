@@ -24,6 +24,8 @@ def check(model: Any, task: Any, budget: Budget, subject: str) -> None:
         problems.append(f"model: the factory returned {type(model).__name__}; it must return a torch.nn.Module")
     if not isinstance(task, Task):
         problems.append(f"data: the factory returned {type(task).__name__}; it must return an optpipe.Task")
+    if isinstance(task, Task) and not isinstance(model, nn.Module) and (task.preprocess or task.postprocess):
+        problems.append("data: the task has processing of its own, which a model that starts as a file cannot be given")
     if problems:
         raise RecipeError(problems, subject)
     problems = _task_problems(task) + (_weight_problems(model) if isinstance(model, nn.Module) else [])

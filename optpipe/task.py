@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optpipe.errors import StageError
 from optpipe.metrics import Metric as Metric
@@ -47,6 +47,8 @@ class Task:
     outputs: list[str] = field(default_factory=list)  # those that matter, where the model returns more; see `selected`
     input_names: list[str] | None = None  # names in the exported graph; by default those of `forward`
     output_names: list[str] | None = None  # by default `outputs`
+    preprocess: nn.Module | None = None  # from what the splits yield to what the model takes; part of every model
+    postprocess: nn.Module | None = None  # from what it returns to what metric and loss take; likewise
     class_names: list[str] | None = None  # of the classes, or of the labels of a multi-label target
     slices: dict[str, Slice] = field(default_factory=dict)  # quality is also told for each of their labels
 
@@ -70,6 +72,12 @@ class Task:
             return value
         found = [tensor for _, tensor in select(value, self.outputs)]
         return found[0] if len(found) == 1 else dict(zip(self.outputs, found, strict=True))
+
+    def processed(self, model: nn.Module) -> nn.Module:
+        """`model` between the task's own pre- and post-processing, so that both are in every graph made of it."""
+        if self.preprocess is None and self.postprocess is None:
+            return model
+        return Processed(self.preprocess or nn.Identity(), model, self.postprocess or nn.Identity())
 
     def evaluate(self, model: Callable[..., Any], split: Split) -> Tensor:
         """Scores of `model` on `split` whose mean is its quality, float64.
@@ -166,6 +174,17 @@ class Task:
         return StageError(
             f"metric '{self.metric.name}' cannot judge the {split} split ({type(error).__name__}: {error})"
         )
+
+
+class Processed(nn.Module):
+    """A model between the processing of what comes in and of what goes out."""
+
+    def __init__(self, preprocess: nn.Module, model: nn.Module, postprocess: nn.Module) -> None:
+        super().__init__()
+        self.preprocess, self.model, self.postprocess = preprocess, model, postprocess
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.postprocess(call(self.model, self.preprocess(*args, **kwargs)))
 
 
 def _why(predictions: Predictions) -> str:

@@ -59,7 +59,7 @@ def deploy(model: nn.Module, task: Task, folder: Path, form: str, runtime: str) 
         product = lower.trace(product, task)
     if form == "onnx":
         product = lower.to_onnx(product, folder / "exported.onnx", input_names=task.input_names)
-    manifest.deploy(product, form, folder, Target(runtime=runtime, threads=1), task)
+    manifest.deploy(product, form, folder, Target(runtime=runtime, threads=1), runtime, task)
     return folder
 
 

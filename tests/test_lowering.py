@@ -68,10 +68,21 @@ def test_a_model_that_cannot_be_traced_says_why(images: Task) -> None:
 def test_a_model_that_fixes_its_batch_size_says_how_to_free_it(images: Task) -> None:
     class Fixed(nn.Module):
         def forward(self, x):
+            return x.reshape(2, 1024)
+
+    with pytest.raises(
+        StageError, match=r"batch size becomes a fixed number, at .*x\.reshape\(2.*use tensor\.shape\[0\]"
+    ):
+        lower.trace(Fixed(), images)
+
+
+def test_what_one_way_fixes_the_other_leaves_free(images: Task) -> None:
+    class Length(nn.Module):
+        def forward(self, x):
             return x.mean((2, 3)) + torch.zeros(1, 1).expand(len(x), -1)
 
-    with pytest.raises(StageError, match=r"with a free batch size.*len\(tensor\).*use tensor\.shape\[0\]"):
-        lower.trace(Fixed(), images)
+    program = lower.trace(Length(), images)
+    assert program.module()(torch.randn(5, 1, 32, 32)).shape == (5, 1)
 
 
 def test_parity_refuses_outputs_that_changed(images: Task) -> None:

@@ -51,11 +51,14 @@ def tried(report: Report) -> list[str]:
     """The alternatives of each step that had some, with their figures and why one was refused."""
     lines = []
     for stage in report.stages:
+        if len(stage.attempts) == 1 and stage.attempts[0].ok and not stage.attempts[0].reason:
+            continue  # the only way that was needed
         if stage.attempts:
-            lines.append(f"{stage.key}: {len(stage.attempts)} alternatives were tried")
+            count = len(stage.attempts)
+            lines.append(f"{stage.key}: {count} alternative{'s were' if count > 1 else ' was'} tried")
         for attempt in stage.attempts:
             how = "chosen" if attempt.chosen else "works" if attempt.ok else "refused"
-            lines.append(f"  {how}: {attempt.method}, {attempt.reason}")
+            lines.append(f"  {how}: " + ", ".join(filter(None, [attempt.method, attempt.reason])))
     return lines
 
 

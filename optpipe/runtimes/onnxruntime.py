@@ -37,9 +37,11 @@ def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Onnx
     )
     inputs = [node.name for node in session.get_inputs()]
 
+    outputs = [node.name for node in session.get_outputs()]
+
     def run(*args: Any, **kwargs: Any) -> list[Any]:
-        outputs: list[Any] = session.run(None, {**dict(zip(inputs, args, strict=False)), **kwargs})
-        return outputs
+        found: list[Any] = session.run(outputs, dict(zip(inputs, args, strict=False), **kwargs))
+        return found
 
     return run
 

@@ -56,8 +56,8 @@ class Reasoner(nn.Module):
     """Numbers (n, 4) -> a nested dict with logits (n, 13), a confidence (n,), and a record of every step of thought.
 
     A transformer (Vaswani et al. 2017) reads the numbers as a text of four words. Then a thought, the state of a GRU
-    cell (Cho et al. 2014), asks a memory of learned slots and of what was read, hop by hop (Sukhbaatar et al. 2015),
-    until every sample of the batch is confident. It trains with all hops.
+    cell (Cho et al. 2014), asks a memory of learned slots and of what was read, step by step (Sukhbaatar et al. 2015),
+    until every sample of the batch is confident. It trains with all of them.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Reasoner(nn.Module):
 
     def _remembered(self, project: nn.Module, read: Tensor) -> Tensor:
         """The slots, equal for all samples, and what was read of each."""
-        return torch.cat([project(self.slots).expand(len(read), -1, -1), project(read)], dim=1)
+        return torch.cat([project(self.slots).expand(read.shape[0], -1, -1), project(read)], dim=1)
 
     def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(x.shape[0], -1, self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
 def loss(outputs: Any, target: Tensor) -> Tensor:
@@ -119,9 +119,9 @@ def loss(outputs: Any, target: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """A shortcut beside two linear layers (He et al. 2016)."""
 
-    def __init__(self, width: int, inner: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.act, self.down = nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width)
+        self.up, self.act, self.down = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.down(self.act(self.up(x)))
@@ -129,15 +129,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Numbers (n, 4) -> logits (n, 13) and their confidence (n,). By default 0.93 M parameters.
+    """Numbers (n, 4) -> logits (n, 13) and their confidence (n,). By default 0.93 M parameters."""
 
-    inner: the width inside the blocks; by default that between them.
-    """
-
-    def __init__(self, width: int = 256, blocks: int = 7, inner: int | None = None) -> None:
+    def __init__(self, width: int = 256, blocks: int = 7) -> None:
         super().__init__()
         self.stem = nn.Linear(4, width)
-        self.blocks = nn.Sequential(*(ResidualBlock(width, inner or width) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(blocks)))
         self.head = nn.Linear(width, len(PROPOSITIONS))
 
     def forward(self, numbers: Tensor) -> dict[str, Tensor]:
@@ -162,21 +159,24 @@ def draw(size: int, seed: int) -> tuple[Tensor, Tensor]:
     return numbers[clear][:size], (margins[clear][:size] > 0).float()
 
 
-def task() -> Task:
-    """Numbers (n, 4) and which propositions are true of them, (n, 13); drawn anew by each call, and always the same."""
+def task(train: int = TRAIN) -> Task:
+    """Numbers (n, 4) and which propositions are true of them, (n, 13); drawn anew by each call, and always the same.
+
+    train: samples to train with.
+    """
 
     def batches(seed: int, samples: int, *, size: int = 64, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(TensorDataset(*draw(samples, seed)), batch_size=size, shuffle=shuffle)
 
     return Task(
-        train=batches(0, TRAIN, size=32, shuffle=True),
+        train=batches(0, train, size=32, shuffle=True),
         validation=batches(1, VALIDATION),
         calibration=batches(2, CALIBRATION),
         test=batches(3, TEST),
         example_inputs=draw(16, 0)[0],
         metric=label_accuracy(),
         loss=loss,
-        fingerprint=f"propositions, margin {MARGIN}, seeds 0 to 3",
+        fingerprint=f"propositions, margin {MARGIN}, {train} to train with, seeds 0 to 3",
         outputs=OUTPUTS,
         input_names=["numbers"],
         class_names=list(PROPOSITIONS),

@@ -34,7 +34,7 @@ def student_of(model: nn.Module, settings: Learning, ctx: Context) -> nn.Module:
     ctx.note(
         f"the student is {settings.student}, {_millions(student)} weights; its teacher has {_millions(ctx.baseline)}"
     )
-    return student
+    return ctx.task.processed(student)
 
 
 def learn(student: nn.Module, loss: Loss, settings: Learning, ctx: Context, description: str, **of: str) -> History:
