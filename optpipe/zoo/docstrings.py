@@ -77,11 +77,17 @@ class Block(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Tokens (n, LENGTH), int64, 0 for padding -> logits (n, topics)."""
+    """Tokens (n, LENGTH), int64, 0 for padding -> logits (n, topics).
 
-    def __init__(self, width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.2) -> None:
+    embedding_width: of the words' vectors, which a linear layer takes to `width` (Lan et al. 2020); 0 is `width`.
+    """
+
+    def __init__(
+        self, width: int = 128, heads: int = 4, layers: int = 4, dropout: float = 0.2, embedding_width: int = 0
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width, padding_idx=0)
+        self.embedding = nn.Embedding(VOCABULARY, embedding_width or width, padding_idx=0)
+        self.widen = nn.Linear(embedding_width, width) if embedding_width else nn.Identity()
         self.position = nn.Parameter(torch.zeros(LENGTH, width))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
@@ -91,7 +97,7 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         known = (tokens != 0).float()
         mask = (1 - known)[:, None, None, :] * -1e4
-        x = self.dropout(self.embedding(tokens) + self.position)
+        x = self.dropout(self.widen(self.embedding(tokens)) + self.position)
         for block in self.blocks:
             x = block(x, mask)
         weights = known.unsqueeze(2)
