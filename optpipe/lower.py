@@ -155,7 +155,8 @@ def _views_of_copies(program: ExportedProgram) -> Iterator[None]:
     copies.
     """
     aten = torch.ops.aten
-    views, transposed = (aten.view.default, aten.reshape.default), (aten.transpose.int, aten.permute.default)
+    views = (aten.view.default, aten.reshape.default)
+    transposed = (aten.transpose.int, aten.permute.default, aten.contiguous.default)  # a no-op where it was one
     graph, copies = program.graph, []
     for node in list(graph.nodes) if _has_attention(program) else ():
         source = node.args[0] if node.target in views else None
