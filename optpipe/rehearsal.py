@@ -29,7 +29,7 @@ from optpipe.errors import OptpipeError, StageError
 from optpipe.forms import Form, form_of
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure.measurer import Measurer
-from optpipe.measure.memory import peak_memory
+from optpipe.measure.memory import peak_memory, resident_bytes
 from optpipe.plan import Choice, Plan, Step, forms_along, steps_of
 from optpipe.predictions import Predictions
 from optpipe.progress import log, say
@@ -131,8 +131,16 @@ class Rehearsal:
                 self.number = number
                 state = self._choose(entry, state) if isinstance(entry, Choice) else self._step(entry, state)
         shutil.rmtree(self.folder)
+        self._add_resident()
         say(self._summary(time.perf_counter() - begin))
         return self.forecasts
+
+    def _add_resident(self) -> None:
+        """Predict each peak from what the step added, and what the process holds now that everything is imported."""
+        resident = resident_bytes()
+        for key, found in self.forecasts.items():
+            if not (isinstance(resident, NotMeasured) or isinstance(found.peak_memory_bytes, NotMeasured)):
+                self.forecasts[key] = replace(found, peak_memory_bytes=resident + found.peak_memory_bytes)
 
     def _start(self, model: Any) -> _Saved:
         """`model`, saved and loaded, so that nothing happens to it."""
@@ -190,7 +198,7 @@ class Rehearsal:
         with peak_memory() as peak:
             model = _shortened(step.stage).run(before.model, ctx)
         seconds = self._seconds(step.stage, time.perf_counter() - begin, facts)
-        self.forecasts[step.key, step.settings] = Forecast(seconds, peak.bytes)
+        self.forecasts[step.key, step.settings] = Forecast(seconds, peak.growth_bytes)
         found = step.form_after(before.form.NAME, model)
         found.save(model, folder)
         after = _Saved(found.load(folder), found, folder)
@@ -208,9 +216,9 @@ class Rehearsal:
         epochs, train = facts.get("epoch_seconds"), self.cuts["train"]
         if not epochs or train.count is None:
             return NotMeasured("the stage records no epoch_seconds")
-        steps = stage.epochs * train.count * (1 - getattr(stage, "held_out", 0.0)) - len(epochs)
+        steps = stage.epochs * train.count * (1 - float(getattr(stage, "held_out", 0.0))) - len(epochs)
         others = sum(cut.rest_seconds() for split, cut in read.items() if split != "train")
-        return rehearsed + others + max(0.0, steps) * (epochs[-1] + train.read_seconds)
+        return rehearsed + others + max(0.0, steps) * (float(epochs[-1]) + train.read_seconds)
 
     def _compare(self, reference: Any, model: Any) -> None:
         """Raises StageError if `model` cannot be run, or returns other shapes than `reference`, or other numbers.
@@ -299,8 +307,9 @@ def _cut(split: Batches) -> Cut:
 
 
 def _unjudged(task: Task, cuts: dict[Split, Cut]) -> Task:
-    settings = {item.name: getattr(task, item.name) for item in fields(Task)}
-    return Unjudged(**{**settings, **cuts, "slices": {}})
+    settings: dict[str, Any] = {item.name: getattr(task, item.name) for item in fields(Task)}
+    settings.update(cuts, slices={})  # type: ignore[arg-type]
+    return Unjudged(**settings)
 
 
 @contextmanager

@@ -167,13 +167,11 @@ def test_alternatives_that_all_fail_are(project: Path) -> None:
 
 
 def test_nothing_is_judged(project: Path) -> None:
-    def refuses(outputs: Any, target: Any) -> torch.Tensor:
-        if len(target) < 100:
-            raise ValueError("too few samples")
-        return (outputs.argmax(1) == target).float().mean()
+    def undefined_on_few(outputs: Any, target: Any) -> torch.Tensor:
+        return (outputs.argmax(1) == target).float().mean() if len(target) > 200 else torch.tensor(float("nan"))
 
     task = pixels()
-    task.metric = optpipe.Metric(name="accuracy of many", compute=refuses)
+    task.metric = optpipe.Metric(name="accuracy of many", compute=undefined_on_few)
     report = run(project, "quantize=mixed", "distill.epochs=1", "pipeline=[distill,quantize,trace,export]", task=task)
     assert report.status == "ok" and report.rehearsal_seconds > 0
 
