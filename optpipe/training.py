@@ -153,9 +153,7 @@ def train(training: Training, fabric: Fabric) -> History:
             say(f"{training.description} goes on after epoch {history.continued_after}, from {checkpoint.path}")
     with recomputed(model, schedule.checkpointing):
         for epoch in range(len(history.losses) + 1, schedule.epochs + 1):
-            begin = time.perf_counter()
             loop.epoch(epoch, history)
-            history.seconds.append(time.perf_counter() - begin)
             with loop.judged():
                 score = judge(model) if judge and fabric.is_global_zero else -math.inf
                 history.scores.append(fabric.broadcast(score))
@@ -186,7 +184,7 @@ class _Loop:
         if self.training.on_epoch:
             self.training.on_epoch(epoch)
         history.overflows.append(0)
-        total, samples = 0.0, 0
+        total, samples, begin = 0.0, 0, time.perf_counter()
         for group in _groups(self._batches(epoch), self.training.schedule.accumulate):
             sizes = [size_of(inputs) for inputs, _ in group]
             for i, (inputs, target) in enumerate(group):
@@ -195,6 +193,7 @@ class _Loop:
                 total += value * sizes[i]
             samples += sum(sizes)
             self._step(history)
+        history.seconds.append(time.perf_counter() - begin)
         history.losses.append(total / samples)
         if total == 0:
             raise StageError(
