@@ -7,7 +7,7 @@ another function, and no error says so: so both are run on real samples, and on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,21 +26,26 @@ Model = Callable[..., Any]
 
 
 def compare(
-    model: Model, captured: Model, task: Task, *, precision: str, shorter: Callable[[Inputs], Inputs] | None = None
+    model: Model,
+    captured: Model,
+    task: Task,
+    *,
+    precision: str,
+    cuts: Mapping[str, Callable[[Inputs], Inputs]] | None = None,
 ) -> int:
     """Run both on real samples and on those made of them; return how many kinds of inputs agreed.
 
     precision: what they compute in, a key of TOLERANCE.
-    shorter: cuts the dimensions that stay free.
+    cuts: other sizes that the model must take too, in words, and what makes them of samples.
     Inputs on which `model` itself fails, or does not give finite numbers, are left out.
     Raises StageError that says on which inputs the outputs differ, and by how much.
     """
     agreed = 0
-    for kind, inputs in _inputs(task, shorter):
+    for kind, inputs in _inputs(task, cuts or {}):
         try:
             expected = _outputs(model, inputs, task)
-        except Exception as error:  # the model's own limits, unless they are those of real samples
-            if kind in ALWAYS:
+        except Exception as error:  # the model's own limits, unless every size or real sample must be taken
+            if kind in ALWAYS or kind in (cuts or {}):
                 line = line_of(error, model) if isinstance(model, nn.Module) else None
                 where = f", at {line}" if line else ""
                 raise StageError(f"the model itself does not run on {kind}: {named_reason(error)}{where}") from error
@@ -69,7 +74,7 @@ def compare(
     return agreed
 
 
-def _inputs(task: Task, shorter: Callable[[Inputs], Inputs] | None) -> Iterator[tuple[str, Inputs]]:
+def _inputs(task: Task, cuts: Mapping[str, Callable[[Inputs], Inputs]]) -> Iterator[tuple[str, Inputs]]:
     """Kinds of inputs with their names: real batches of several sizes, and what takes other branches."""
     batches = [inputs for inputs, _ in islice(task.validation, 2)]
     first = batches[0]
@@ -77,8 +82,8 @@ def _inputs(task: Task, shorter: Callable[[Inputs], Inputs] | None) -> Iterator[
         yield f"a batch of {size}", batch_of(first, size)
     for batch in batches:
         yield "real samples", batch_of(batch, min(size_of(batch), SAMPLES))
-    if shorter:
-        yield "real samples cut to a smaller size", shorter(batch_of(first, 3))
+    for kind, cut in cuts.items():
+        yield kind, cut(batch_of(first, 3))
     inputs = batch_of(first, min(size_of(first), SAMPLES))
     tensors = tensors_in(inputs)
     generator = torch.Generator().manual_seed(0)

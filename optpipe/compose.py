@@ -56,7 +56,7 @@ SCHEMAS: dict[str, type] = {
     "measure": Measure,
     "tracking": Tracking,
 }
-SETTINGS = {"pipeline", "seed", "device", "plugins", "dry_run", "relax"}
+SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax"}
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
 
 T = TypeVar("T")
@@ -262,6 +262,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     seed = _scalar(config, "seed", int, problems)
     dry_run = _scalar(config, "dry_run", bool, problems)
     device = _device(str(config.get("device")), problems)
+    rehearse = _rehearse(config.get("rehearse"), problems)
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
     form = settings["model"].form if settings["model"] else "torch"
@@ -294,6 +295,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
         relax=relax,
         config=_used(config, entries, recipe),
         command=command,
+        rehearse=rehearse,
     )
 
 
@@ -322,6 +324,13 @@ def _device(device: str, problems: list[str]) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         problems.append(f"device is '{device}'; it must be auto, cpu, cuda or cuda:<number>")
     return device
+
+
+def _rehearse(asked: Any, problems: list[str]) -> bool | None:
+    """Whether to rehearse; None leaves it to the pipeline."""
+    if asked != "auto" and not isinstance(asked, bool):
+        problems.append(f"rehearse is {asked!r}; it must be auto, true or false")
+    return asked if isinstance(asked, bool) else None
 
 
 def _unknown_nodes(config: DictConfig) -> list[str]:

@@ -64,12 +64,19 @@ def describe(plan: Plan) -> str:
             lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
         for method, reason in () if isinstance(entry, Step) else entry.absent:
             lines.append(f"       without {method}: {reason}")
+    lines.append(f"  rehearsal: {_rehearsal(plan)}")
     limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")
     lines.append(f"  model: {plan.model.name}; data: {plan.data.factory}")
     lines.append("  nothing was run (dry_run=true)")
     return "\n".join(lines)
+
+
+def _rehearsal(plan: Plan) -> str:
+    if plan.is_rehearsed:
+        return "the whole chain on two batches before the first step (rehearse=false does without)"
+    return "none, as asked" if plan.rehearse is False else "none, no stage trains (rehearse=true asks for one)"
 
 
 def _forms(forms: frozenset[str]) -> str:

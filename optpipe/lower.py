@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 MAX_FILE_BYTES = 2**31 - 2**20  # of weights; protobuf takes no more, the graph included
+MEMORY = {"memory_format": torch.contiguous_format}
 OPSET = 20
 ATTENTION_OPSET = 23  # the first that has the operator
 
@@ -74,7 +75,7 @@ def to_onnx(
         opset = ATTENTION_OPSET if rewrite and _has_attention(program) else OPSET
     try:
         # it warns that there is no torchvision
-        with quiet("torch.onnx._internal.exporter._registration"), _views_as_reshapes(program):
+        with quiet("torch.onnx._internal.exporter._registration"), _views_of_copies(program):
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -147,16 +148,29 @@ def refuse_unused_inputs(program: ExportedProgram) -> None:
 
 
 @contextlib.contextmanager
-def _views_as_reshapes(program: ExportedProgram) -> Iterator[None]:
-    """A view fits the strides that a tensor had while it was captured; the exporter's attention gives others."""
-    views = [node for node in program.graph.nodes if node.target is torch.ops.aten.view.default]
-    for node in views:
-        node.target = torch.ops.aten.reshape.default
+def _views_of_copies(program: ExportedProgram) -> Iterator[None]:
+    """A view of a transposed tensor fits the strides that attention gave it while it was captured.
+
+    Those that the exporter computes may be others. Of a copy there is always a view, and ONNX has neither strides nor
+    copies.
+    """
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.reshape.default)
+    transposed = (aten.transpose.int, aten.permute.default, aten.contiguous.default)  # a no-op where it was one
+    graph, copies = program.graph, []
+    for node in list(graph.nodes) if _has_attention(program) else ():
+        source = node.args[0] if node.target in views else None
+        if isinstance(source, fx.Node) and source.target in transposed:
+            with graph.inserting_before(node):
+                copies.append(graph.call_function(aten.clone.default, (source,), MEMORY))
+            copies[-1].meta.update(source.meta)
+            node.replace_input_with(source, copies[-1])
     try:
         yield
     finally:
-        for node in views:
-            node.target = torch.ops.aten.view.default
+        for copy in copies:
+            copy.replace_all_uses_with(copy.args[0])
+            graph.erase_node(copy)
 
 
 def _has_attention(program: ExportedProgram) -> bool:

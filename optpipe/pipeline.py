@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import shutil
 import time
@@ -28,8 +27,10 @@ from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
+from optpipe.measure.memory import peak_memory
 from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken
 from optpipe.progress import log, say
+from optpipe.rehearsal import Forecast, Forecasts, Rehearsal
 from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
 from optpipe.report.page import write_page
 from optpipe.runtimes import engine_of
@@ -89,7 +90,8 @@ def run(
             report.seconds = time.perf_counter() - started
             report.measuring_seconds = loop.measurer.seconds
             own = sum(stage.seconds for stage in report.stages)
-            known = report.model_seconds + report.measuring_seconds + own + loop.given_up_seconds
+            known = report.model_seconds + report.rehearsal_seconds + report.measuring_seconds + own
+            known += loop.given_up_seconds
             report.overhead_seconds = report.seconds - known
             _write(report, folder)
             tracker.finish(report, folder)
@@ -153,9 +155,12 @@ class Loop:
         self.tries: dict[str, list[Attempt]] = {}  # by step, of the settings that `relax` lists
         self.given_up_seconds = 0.0  # stages' own work whose results the report does not hold
         self.broken: list[str] = []  # limits of single steps that nothing could be done about
+        self.forecasts: Forecasts = {}
 
     def run(self) -> None:
         """The whole control flow of the product."""
+        if self.plan.is_rehearsed:
+            self._rehearse()
         self.states = [self._measure_baseline()]
         while len(self.states) <= len(self.plan.entries):
             self.number = len(self.states)
@@ -167,6 +172,18 @@ class Loop:
             self.states[-1:] = [replace(before, model=None), after]
             self._judge(entry)
         self._finish(self.states[-1])
+
+    def _rehearse(self) -> None:
+        rehearsal, begin = Rehearsal(self.plan, self.task, self.folder, self.measurer), time.perf_counter()
+        try:
+            self.forecasts = rehearsal.run(self.baseline)
+        except OptpipeError:
+            if rehearsal.failed:
+                self.report.stages.append(rehearsal.failed)
+                self.tracker.stage(rehearsal.failed)
+            raise
+        finally:
+            self.report.rehearsal_seconds = time.perf_counter() - begin
 
     def _measure_baseline(self) -> State:
         say("[0] baseline …")
@@ -286,9 +303,11 @@ class Loop:
         """One stage with everything around it; its result is in the report whatever happens."""
         say(f"[{self.number}/{len(self.plan.entries)}] {step.key} ({step.info.name}) …")
         folder.mkdir(parents=True)
+        forecast = self.forecasts.get((step.key, step.settings), Forecast())
         result = StageResult(
             key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.form.NAME,
             measurement=NotMeasured("the stage failed"), attempts=list(self.tries.get(step.key, [])),
+            predicted_seconds=forecast.seconds, predicted_peak_memory_bytes=forecast.peak_memory_bytes,
         )  # fmt: skip
         self.report.stages.append(result)
         try:
@@ -316,11 +335,12 @@ class Loop:
         ctx = self._context(step, folder, result)
         begin, measured = time.perf_counter(), self.measurer.seconds
         try:
-            with machine_lock().working():
+            with machine_lock().working(), peak_memory() as peak:
                 model = step.stage.run(before.model, ctx)
+            result.peak_memory_bytes = peak.bytes
         finally:
             result.seconds = time.perf_counter() - begin - (self.measurer.seconds - measured)
-        after_form = self._form_after(step, before, model)
+        after_form = step.form_after(before.form.NAME, model)
         after_form.save(model, folder)
         model = after_form.load(folder)
         result.form = after_form.NAME
@@ -373,16 +393,8 @@ class Loop:
         others = "; ".join(f"{name}: {entrant.said()}" for name, entrant in entrants.items())
         result.notes.append(f"{found.engine} runs the model from here on, the fastest inside the budget of {others}")
 
-    def _form_after(self, step: Step, before: State, model: Any) -> Form:
-        found = form_of(model)
-        wanted = step.gives(frozenset({before.form.NAME}))
-        if found is None or found.NAME not in wanted:
-            named = " or ".join(f"'{name}'" for name in sorted(wanted))
-            raise StageError(f"stage '{step.info.name}' gives form {named} but returned {type(model).__name__}")
-        return found
-
     def _context(self, step: Step, folder: Path, result: StageResult) -> Context:
-        seed = int.from_bytes(hashlib.sha256(f"{self.plan.seed} {step.key}".encode()).digest()[:4], "big")
+        seed = self.plan.seed_of(step.key)
         torch.manual_seed(seed)
         torch.set_num_threads(usable_cores())
         return Context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
@@ -12,11 +13,12 @@ from typing import Any, Literal
 
 from optpipe import registry
 from optpipe.budget import Budget, Policy
-from optpipe.errors import OptpipeError, did_you_mean
-from optpipe.forms import SPOKEN
+from optpipe.errors import OptpipeError, StageError, did_you_mean
+from optpipe.forms import SPOKEN, Form, form_of
 from optpipe.measure.settings import Measure
 from optpipe.registry import Stage, StageInfo
 from optpipe.runtimes import RUNTIMES
+from optpipe.schedule import Schedule
 from optpipe.sources import Data, Model
 from optpipe.target import Target
 from optpipe.tracking import Tracking
@@ -39,6 +41,14 @@ class Step:
         return frozenset().union(
             *(before if name == "same" else {name} for name in registry.gives_of(self.stage, self.info))
         )
+
+    def form_after(self, before: str, model: Any) -> Form:
+        """The form of `model`, which this step made of one in the form `before`. StageError if it gives another."""
+        found, wanted = form_of(model), self.gives(frozenset({before}))
+        if found is None or found.NAME not in wanted:
+            named = " or ".join(f"'{name}'" for name in sorted(wanted))
+            raise StageError(f"stage '{self.info.name}' gives form {named} but returned {type(model).__name__}")
+        return found
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,24 @@ class Plan:
     relax: dict[str, list[Step]]  # by step: milder ones, in the order to try them
     config: dict[str, Any]  # the resolved configuration, for the record only
     command: str = ""  # that repeats the run, for the record only
+    rehearse: bool | None = None  # None where the plan holds a stage that trains
 
     @property
     def subject(self) -> str:
         return f"+recipe={self.recipe}" if self.recipe else "this pipeline"
+
+    @property
+    def is_rehearsed(self) -> bool:
+        """Whether the chain runs once on two batches first."""
+        return (
+            any(isinstance(step.stage, Schedule) for step in steps_of(self.entries))
+            if self.rehearse is None
+            else (self.rehearse)
+        )
+
+    def seed_of(self, key: str) -> int:
+        """The seed of a step, which does not depend on those before it."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed} {key}".encode()).digest()[:4], "big")
 
 
 def write_config(config: dict[str, Any], folder: Path) -> None:

@@ -127,12 +127,14 @@ def of_program(program: ExportedProgram, task: Task) -> list[dict[str, Any]]:
 
 def of_module(model: Any, task: Task) -> list[dict[str, Any]]:
     """The inputs of a module or file, like the task's example; of sizes, only their number is sure."""
+    import torch
     from torch import nn
 
     from optpipe.task import arguments
 
     args, kwargs = arguments(task.example_inputs)
-    own = list(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else []
+    is_python = isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+    own = list(inspect.signature(model.forward).parameters) if is_python else []
     names = [task.input_names or [], own[: len(args)]]
     fitting = (each for each in names if len(each) == len(args))
     positions = next(fitting, [f"input_{i}" for i in range(len(args))])

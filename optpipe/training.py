@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ class History:
     losses: list[float] = field(default_factory=list)  # mean of each epoch
     scores: list[float] = field(default_factory=list)  # of `judge` after each epoch
     best_epoch: int = 0  # counted from 1; the model was left as it was after this epoch
+    seconds: list[float] = field(default_factory=list, compare=False)  # that the steps of each epoch took
     continued_after: int = 0  # the epoch whose checkpoint the training went on from; 0 if it began anew
     updates: int = 0  # steps of the optimizer, and those that were left out
     overflows: list[int] = field(default_factory=list)  # per epoch: steps left out, as their fp16 gradients overflowed
@@ -63,7 +65,7 @@ class History:
 
         checkpoint: the folder that was asked for.
         """
-        ctx.record(epochs=len(self.losses), losses=self.losses)
+        ctx.record(epochs=len(self.losses), losses=self.losses, epoch_seconds=self.seconds)
         if self.continued_after:
             ctx.note(f"went on after epoch {self.continued_after}, from the checkpoint in {checkpoint or ctx.dir}")
         elif checkpoint:
@@ -151,7 +153,9 @@ def train(training: Training, fabric: Fabric) -> History:
             say(f"{training.description} goes on after epoch {history.continued_after}, from {checkpoint.path}")
     with recomputed(model, schedule.checkpointing):
         for epoch in range(len(history.losses) + 1, schedule.epochs + 1):
+            begin = time.perf_counter()
             loop.epoch(epoch, history)
+            history.seconds.append(time.perf_counter() - begin)
             with loop.judged():
                 score = judge(model) if judge and fabric.is_global_zero else -math.inf
                 history.scores.append(fabric.broadcast(score))

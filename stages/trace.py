@@ -119,11 +119,16 @@ def _same_program(program: ExportedProgram, model: nn.Module, ctx: Context, free
         return
     for name, line in changed_inputs(program, model).items():
         raise StageError(f"the model writes into its input '{name}'{line}; write x = x + 1 instead of x += 1")
-    _compare(model, program.module(), ctx, partial(shortened, model, free=free) if free.dimensions else None)
+    halved = " and ".join(f"dimension {d} of '{name}'" for name, found in free.dimensions.items() for d in found)
+    cuts = {f"samples with {halved}, which is to stay free, halved": partial(shortened, model, free=free)}
+    _compare(model, program.module(), ctx, cuts if halved else None)
 
 
 def _compare(
-    model: nn.Module, captured: Callable[..., object], ctx: Context, shorter: Callable[[Inputs], Inputs] | None = None
+    model: nn.Module,
+    captured: Callable[..., object],
+    ctx: Context,
+    cuts: Mapping[str, Callable[[Inputs], Inputs]] | None = None,
 ) -> None:
     """Raise StageError where the two differ, naming the lines of the model that make Python values of tensors."""
     from optpipe import branches, parity
@@ -131,7 +136,7 @@ def _compare(
 
     model.eval()
     try:
-        agreed = branches.compare(model, captured, ctx.task, precision=parity.precision(model), shorter=shorter)
+        agreed = branches.compare(model, captured, ctx.task, precision=parity.precision(model), cuts=cuts)
     except StageError as error:
         lines = [f"{reader} at {line}" for reader, line in values_read(model, ctx.task.example_inputs)]
         raise StageError(

@@ -825,6 +825,7 @@ def carry(name: str, folder: Path) -> Carried:
     except StageError as error:
         carried.reasons = (str(error),)
     carried.way = next((attempt.method for attempt in ctx.attempts if attempt.ok), "")
-    carried.reasons += tuple(f"{attempt.method}: {attempt.reason}" for attempt in ctx.attempts if not attempt.ok)
+    if carried.way:  # else the error tells them all
+        carried.reasons += tuple(f"{attempt.method}: {attempt.reason}" for attempt in ctx.attempts if not attempt.ok)
     carried.seconds = time.process_time() - begin
     return carried

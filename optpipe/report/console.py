@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from optpipe.report import figures
 from optpipe.report.schema import Latency, Measurement, NotMeasured, Quality, Report
 
 TABLE_WIDTH = 150  # at least, where the output is no terminal
@@ -24,15 +25,15 @@ def table(report: Report) -> Any:
     if isinstance(report.baseline, Measurement):
         latency = report.baseline.latency
         for entry in [None] if isinstance(latency, NotMeasured) else latency:
-            size, *figures = _figures(report.baseline, entry)
+            size, *cells = _figures(report.baseline, entry)
             name = entry.runtime if entry else "torch"
-            view.add_row(f"baseline, {name}", "", "", size if name == "torch" else "", *figures)
+            view.add_row(f"baseline, {name}", "", "", size if name == "torch" else "", *cells)
         view.add_section()
     for stage in report.stages:
         name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
         measurement = stage.measurement
-        figures = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
-        view.add_row(name, stage.status, f"{stage.seconds:.1f}", *figures)
+        cells = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
+        view.add_row(name, stage.status, f"{stage.seconds:.1f}", *cells)
     return view
 
 
@@ -60,6 +61,17 @@ def tried(report: Report) -> list[str]:
             how = "chosen" if attempt.chosen else "works" if attempt.ok else "refused"
             lines.append(f"  {how}: " + ", ".join(filter(None, [attempt.method, attempt.reason])))
     return lines
+
+
+def forecast(report: Report) -> list[str]:
+    """What the rehearsal predicted of the steps that ran to their end, beside what they took."""
+    done = [stage for stage in report.stages if stage.status != "failed"]
+    pairs = [(s.predicted_seconds, s.seconds) for s in done if not isinstance(s.predicted_seconds, NotMeasured)]
+    if not pairs:
+        return []
+    predicted, real = (sum(column) for column in zip(*pairs, strict=True))
+    said = f"predicted by a rehearsal of {figures.seconds(report.rehearsal_seconds)}: {figures.seconds(predicted)} for "
+    return [f"{said}the steps' own work, which took {figures.seconds(real)}"]
 
 
 def _headings(baseline: Measurement | NotMeasured) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from optpipe.budget import AT_LEAST
 from optpipe.report import charts, figures, samples, templates
 from optpipe.report.charts import Calls, Row
 from optpipe.report.schema import (
+    NOT_REHEARSED,
     Finding,
     Group,
     Interval,
@@ -141,6 +142,11 @@ class Page:
         title = "Difference in quality from the model as it came in, after every step"
         shown = unit
         return charts.dots("quality", title, rows, lambda v: figures.quality_change(shown, v) if shown else "")
+
+    @property
+    def rehearsed(self) -> list[StageResult]:
+        """The steps that a rehearsal predicted something of."""
+        return [stage for stage in self.report.stages if stage.predicted_seconds != NOT_REHEARSED]
 
     def tables(self, stage: StageResult) -> list[View]:
         """What a step found out; the ids of its parts are its place in the run."""

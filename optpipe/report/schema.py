@@ -263,6 +263,9 @@ def _cell(value: Any, title: str) -> Cell:
     return "unknown" if math.isnan(number) else "∞" if number > 0 else "−∞"
 
 
+NOT_REHEARSED = NotMeasured("the step was not rehearsed")
+
+
 @dataclass(kw_only=True)
 class StageResult:
     """One step of the pipeline."""
@@ -278,6 +281,9 @@ class StageResult:
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     tables: list[Table] = field(default_factory=list)
+    peak_memory_bytes: int | NotMeasured = NotMeasured("the stage did not run to its end")  # of optpipe's process
+    predicted_seconds: float | NotMeasured = NOT_REHEARSED
+    predicted_peak_memory_bytes: int | NotMeasured = NOT_REHEARSED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +334,7 @@ class Report:
     mlflow_run_id: str = ""
     seconds: float = 0.0
     model_seconds: float = 0.0  # of `seconds`, what making (or training) the incoming model and its data took
+    rehearsal_seconds: float = 0.0  # of `seconds`, what the rehearsal took
     measuring_seconds: float = 0.0  # of `seconds`, what measuring and previews took
     overhead_seconds: float = 0.0  # of `seconds`, what is left beside those and the stages' own
     baseline: Measurement | NotMeasured = field(default_factory=lambda: NotMeasured("the run ended before"))

@@ -54,7 +54,8 @@ def lower(
 
     path = folder / EXPORTED[NAME].FILE
     try:
-        settings = {"freezing": freezing, "max_autotune": max_autotune}
+        # the number of threads is that of the process which runs it, not of this one
+        settings = {"freezing": freezing, "max_autotune": max_autotune, "cpp.dynamic_threads": True}
         with config.patch(settings), torch.no_grad(), warnings.catch_warnings(action="ignore"), quiet("torch"):
             torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:  # the compiler's own errors share no base class

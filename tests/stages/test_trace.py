@@ -170,6 +170,22 @@ def test_a_dimension_that_the_model_fixes_is_named_with_its_line(context) -> Non
     assert line_of(Sequence, "rows.view(") in str(caught.value)
 
 
+def test_a_dimension_is_tried_at_another_size(context) -> None:
+    class Rows(nn.Module):
+        """Its layer sees the rows in patches of four, two of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.mix = nn.Conv2d(3, 4, 4, 4), nn.Linear(4, 4)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.mix(self.patches(image).flatten(2))
+
+    with pytest.raises(StageError, match=r"does not run on samples with dimension 2 of 'image'.* halved") as caught:
+        Program(dynamic={"image": [2]}).run(Rows(), context(Rows()))
+    assert "`return self.mix(" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("dynamic", "said"),
     [
