@@ -151,11 +151,12 @@ def aotinductor(
 
     model = copy.deepcopy(model).eval()
     example = tuple(tensors_in(batch_of(task.example_inputs, batch_size or 2)))
-    shapes = None if batch_size else tuple({0: Dim("batch", min=1, max=1024)} for _ in example)
+    free = tuple({0: Dim("batch", min=1, max=1024)} for _ in example)
     with torch.no_grad(), quiet("torch"):
-        program = torch_export(model, example, dynamic_shapes=shapes)
         if int8:
-            program = torch_export(in_int8(program.module(), task), example, dynamic_shapes=shapes)
+            several = tuple(tensors_in(batch_of(task.example_inputs, 2)))
+            model = in_int8(torch_export(model, several, dynamic_shapes=free).module(), task)
+        program = torch_export(model, example, dynamic_shapes=None if batch_size else free)
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(folder / AOTINDUCTOR), inductor_configs=configs
         )
