@@ -53,8 +53,11 @@ def main() -> int:
 
 def judge(run: Path) -> int:
     """Print a line per promise; 1 if one is not kept."""
-    bars = list(promises(Report.read(run), run))
+    report = Report.read(run)
+    bars = list(promises(report, run))
     print("| promised | measured | |\n| --- | --- | --- |", *bars, sep="\n")
+    notes = [note for stage in report.stages for note in stage.notes if note.startswith("not measured")]
+    print("", *notes, sep="\n")
     return 0 if all(bar.holds for bar in bars) else 1
 
 

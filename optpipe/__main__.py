@@ -108,10 +108,11 @@ def _started() -> float:
 
 def _show(report: Any, folder: Path) -> int:
     """Print what came out; the exit code is 1 if the budget was broken and its policy is more than to warn."""
-    from optpipe.report.console import forecast, missing, show, table, tried
+    from optpipe.report import console
 
-    show(table(report))
-    print("".join(f"{line}\n" for line in [*tried(report), *missing(report), *forecast(report)]), end="")
+    console.show(console.table(report))
+    for said in (console.tried, console.missing, console.disturbed, console.forecast):
+        print("".join(f"{line}\n" for line in said(report)), end="")
     print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
     if (page := folder / "report.html").exists():
         print(f"page: {page}")

@@ -20,6 +20,7 @@ from optpipe.command import read as command_of
 from optpipe.report import Final, Measurement, NotMeasured, Quality, Report
 from optpipe.report.__main__ import main
 from optpipe.report.compare import compare
+from optpipe.report.console import disturbed
 from optpipe.report.page import write_page
 from optpipe.report.runs import read
 
@@ -345,3 +346,12 @@ def test_help_and_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
             main(words)
         assert ended.value.code == code
     assert "compare run B with run A" in capsys.readouterr().out
+
+
+def test_a_load_that_lasted_is_said() -> None:
+    report = reports.full()
+    assert disturbed(report) == []
+    busy = reports.measurement(latency=[reports.latency(other_load_cores=1.2)])
+    report.stages[0] = replace(report.stages[0], measurement=busy)
+    (said,) = disturbed(report)
+    assert said.startswith("prune: other programs kept up to 1.2 cores busy")

@@ -9,6 +9,7 @@ from optpipe.report.schema import Latency, Measurement, NotMeasured, Quality, Re
 
 TABLE_WIDTH = 150  # at least, where the output is no terminal
 UNBOUNDED = 10_000
+BUSY_CORES = 0.3  # kept busy by others: above what a quiet machine does beside a run
 
 
 def table(report: Report) -> Any:
@@ -24,10 +25,10 @@ def table(report: Report) -> Any:
         view.add_column(column, justify="right", no_wrap=True)
     if isinstance(report.baseline, Measurement):
         latency = report.baseline.latency
-        for entry in [None] if isinstance(latency, NotMeasured) else latency:
+        for i, entry in enumerate([None] if isinstance(latency, NotMeasured) else latency):
             size, *cells = _figures(report.baseline, entry)
-            name = entry.runtime if entry else "torch"
-            view.add_row(f"baseline, {name}", "", "", size if name == "torch" else "", *cells)
+            name = f"baseline, {entry.runtime}" if entry else "baseline"
+            view.add_row(name, "", "", "" if i else size, *cells)
         view.add_section()
     for stage in report.stages:
         name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
@@ -46,6 +47,23 @@ def missing(report: Report) -> list[str]:
         if isinstance(latency, NotMeasured):
             reasons.setdefault(latency.not_measured, []).append(name)
     return [f"{', '.join(names)}: latency not measured: {reason}" for reason, names in reasons.items()]
+
+
+def disturbed(report: Report) -> list[str]:
+    """What was timed while other programs were busy: a load that lasts moves ratios, and no interval shows it."""
+    named = [("baseline", report.baseline), *((stage.key, stage.measurement) for stage in report.stages)]
+    busy: dict[str, float] = {}
+    for name, measurement in named:
+        latency = measurement if isinstance(measurement, NotMeasured) else measurement.latency
+        for entry in [] if isinstance(latency, NotMeasured) else latency:
+            if entry.other_load_cores > BUSY_CORES:
+                busy[name] = max(busy.get(name, 0.0), entry.other_load_cores)
+    if not busy:
+        return []
+    return [
+        f"{', '.join(busy)}: other programs kept up to {max(busy.values()):.1f} cores busy meanwhile; engines suffer "
+        "from that differently, so that these ratios are those of a busy machine"
+    ]
 
 
 def tried(report: Report) -> list[str]:
