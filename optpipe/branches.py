@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optpipe.errors import StageError, named_reason
-from optpipe.parity import TOLERANCE
+from optpipe.parity import TOLERANCE, difference
 from optpipe.reasons import line_of
 from optpipe.task import Inputs, Task, batch_of, call, map_tensors, size_of, tensors_in
 
@@ -63,7 +63,7 @@ def compare(
             raise StageError(
                 f"the capture baked in a branch or a size: on {kind} outputs have shapes {shapes[1]}, not {shapes[0]}"
             )
-        worst = max(_difference(a, b) for a, b in zip(expected, found, strict=True))
+        worst = max(difference(a, b) for a, b in zip(expected, found, strict=True))
         if worst > TOLERANCE[precision]:
             if _disagrees_with_itself(model, inputs, expected, task, precision):
                 raise StageError(
@@ -131,14 +131,4 @@ def _outputs(model: Model, inputs: Inputs, task: Task) -> list[Tensor]:
 
 def _disagrees_with_itself(model: Model, inputs: Inputs, expected: list[Tensor], task: Task, precision: str) -> bool:
     again = _outputs(model, inputs, task)
-    return any(_difference(a, b) > TOLERANCE[precision] for a, b in zip(expected, again, strict=True))
-
-
-def _difference(expected: Tensor, found: Tensor) -> float:
-    """Largest difference as a share of the largest value; 1 where labels or truths differ."""
-    if not expected.numel():
-        return 0.0
-    if not expected.is_floating_point():
-        return float((expected != found).any())
-    difference = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
-    return float(difference) if torch.isfinite(difference) else float("inf")
+    return any(difference(a, b) > TOLERANCE[precision] for a, b in zip(expected, again, strict=True))

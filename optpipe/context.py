@@ -34,7 +34,7 @@ class Benchmarks:
     in_engine: Measurement | None = None  # the model there
 
     def __bool__(self) -> bool:
-        return bool(self.grid or self.callers or self.sustained or self.engine)
+        return bool(self.grid or self.callers or self.sustained or self.in_engine)
 
     def added_to(self, measurement: Measurement) -> Measurement:
         """`measurement`, or that in the engine that was chosen, with what was timed."""
@@ -121,8 +121,9 @@ class Context:
         return self.benchmarks.sustained
 
     def _can_time(self) -> bool:
-        if not self.target.is_host:
-            self.note(f"nothing was timed: {self.target.elsewhere()}")
+        said = f"nothing was timed: {self.target.elsewhere()}"
+        if not self.target.is_host and said not in self.notes:
+            self.note(said)
         return self.target.is_host
 
     def progress(self, steps: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

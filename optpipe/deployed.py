@@ -120,14 +120,19 @@ def load(
         ) from None
     settings = threads, found["target"].get("device", "cpu"), found.get("options")
     # each from the files, so that workers share nothing
-    runners = [make_runner(found["runtime"], form(found["form"]).load(folder), *settings) for _ in range(workers)]
+    try:
+        runners = [make_runner(found["runtime"], form(found["form"]).load(folder), *settings) for _ in range(workers)]
+    except OptpipeError:
+        raise
+    except Exception as error:  # of the engine that opens the file
+        raise OptpipeError(f"{found['runtime']} cannot open the model in {folder}: {named_reason(error)}") from error
     return DeployedModel(found, inputs, runners, cache or 0)
 
 
 def _check_files(found: dict[str, Any], folder: Path) -> None:
     """Raise OptpipeError unless the files are those that the run wrote, of a form that this optpipe knows."""
     file = folder / manifest.FILE
-    if found["form"] not in FORMS or found["runtime"] not in RUNTIMES:
+    if found["form"] not in FORMS or found["form"] not in RUNTIMES.get(found["runtime"], ()):
         raise OptpipeError(
             f"{file} names the form {found['form']!r} and the runtime {found['runtime']!r}, and this optpipe does not "
             "have both; load it with the version that wrote it"

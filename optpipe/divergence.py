@@ -9,6 +9,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from optpipe.forms import ExportedFile
+from optpipe.progress import log
 from optpipe.task import Inputs, arguments
 
 
@@ -18,6 +19,14 @@ def first_divergence(program: ExportedProgram, exported: ExportedFile, inputs: I
     Values are compared that have one name in both, as torch's exporter gives them, in the order that they are computed
     in; ONNX Runtime computes them without rewriting the graph. tolerance: as a share of the largest value.
     """
+    try:
+        return _first(program, exported, inputs, tolerance)
+    except Exception:  # of what opens or runs the file; that it differs is known without the place
+        log.exception("where %s differs could not be found out", exported.path)
+        return ""
+
+
+def _first(program: ExportedProgram, exported: ExportedFile, inputs: Inputs, tolerance: float) -> str:
     ours = _Recorder(program.module())
     args, kwargs = arguments(inputs)
     with torch.no_grad():

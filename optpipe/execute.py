@@ -39,7 +39,7 @@ def execute(
     model_seconds = time.perf_counter() - begin
     if isinstance(task, Task) and isinstance(model, nn.Module):
         model = task.processed(model)
-    preflight.check(model, task, plan.budget, plan.subject)
+    preflight.check(model, task, plan.budget, plan.subject, plan.model.form)
     plan = replace(plan, device=_resolved(plan.device))
     write_config(plan.config, folder)
     tracker = tracking.tracker(plan.tracking, Path.cwd())

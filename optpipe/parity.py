@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from optpipe.errors import StageError
+from optpipe.forms.exported import ExportedFile
 from optpipe.task import Inputs, Task, batch_of, call, tensors_in
 
 BATCH_SIZES = (1, 2, 5)
@@ -58,7 +59,7 @@ def check(
                 f"the outputs had shapes {[tuple(t.shape) for t in expected]} before this step "
                 f"and {[tuple(t.shape) for t in found]} after it"
             )
-        worst = max(worst, *(_difference(a, b) for a, b in zip(expected, found, strict=True)))
+        worst = max(worst, *(difference(a, b) for a, b in zip(expected, found, strict=True)))
         flips, count = _flips(expected[0], found[0]), len(expected[0])  # of the last, largest batch
     if worst > TOLERANCE[precision]:
         layer = locate(inputs, TOLERANCE[precision]) if locate else ""
@@ -70,9 +71,14 @@ def check(
     return Parity(worst, flips, count)
 
 
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> float:
-    scale = expected.abs().max().clamp(min=1e-6)
-    return float((expected - found).abs().max() / scale)
+def difference(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """Largest difference as a share of the largest value; infinite where one is no number, 1 where labels differ."""
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return float((expected != found).any())
+    apart = (expected - found).abs().max() / expected.abs().max().clamp(min=1e-6)
+    return float(apart) if torch.isfinite(apart) else float("inf")
 
 
 def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
@@ -81,13 +87,25 @@ def _flips(expected: torch.Tensor, found: torch.Tensor) -> int:
     return int((expected.argmax(dim=-1) != found.argmax(dim=-1)).sum())
 
 
+def _onnx_precision(model: ExportedFile) -> str:
+    import onnx
+
+    graph = onnx.load(model.path, load_external_data=False).graph
+    if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.node):
+        return "int8"
+    half = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    return "half" if any(tensor.data_type in half for tensor in graph.initializer) else "float32"
+
+
 def coarsest(*precisions: str) -> str:
     """The one with the widest tolerance."""
     return max(precisions, key=TOLERANCE.__getitem__)
 
 
 def precision(model: Any) -> str:
-    """What a torch module or exported program computes in, a key of TOLERANCE: as far as its operators tell."""
+    """What a model computes in, a key of TOLERANCE: as far as the operators of a module, program or ONNX file tell."""
+    if isinstance(model, ExportedFile) and model.format == "onnx":
+        return _onnx_precision(model)
     graph = getattr(model, "graph", None)
     targets = [str(node.target) for node in getattr(graph, "nodes", ())]
     if any("quantize" in target for target in targets):

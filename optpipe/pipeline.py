@@ -250,7 +250,7 @@ class Loop:
         """The quality that `state` lost on validation samples; none without doubt if nothing has changed."""
         points = self.task.metric.unit == "fraction"
         unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
-        if state.hash == self.states[0].hash:
+        if state.hash == self.states[0].hash and not state.engine:
             return replace(Estimate.exact(0.0), unit=unit, scale=scale)
         ours, theirs = self.measurer.validation(state.model, state.engine), self.measurer.validation_baseline
         return Estimate(
@@ -332,7 +332,7 @@ class Loop:
         return after
 
     def _run_and_measure(self, step: Step, before: State, folder: Path, result: StageResult) -> State:
-        ctx = self._context(step, folder, result)
+        ctx = self._context(step, before, folder, result)
         begin, measured = time.perf_counter(), self.measurer.seconds
         try:
             with machine_lock().working(), peak_memory() as peak:
@@ -350,14 +350,15 @@ class Loop:
             result.notes.append(same.note())
         content = after_form.content_hash(model)
         unchanged = content == before.hash
-        measurement = before.measurement if unchanged else self.measurer.measure(model, folder)
+        engine = before.engine if after_form is before.form else ""
+        measurement = before.measurement if unchanged else self.measurer.measure(model, folder, engine)
         timed = measurement.headline()
         if timed and not unchanged and timed.verdict_same_runtime != "faster":
             measurement = self.measurer.explained(measurement, model, folder)
         measurement = ctx.benchmarks.added_to(measurement)
         result.measurement = measurement
         result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
-        engine = ctx.benchmarks.engine or (before.engine if after_form is before.form else "")
+        engine = ctx.benchmarks.engine or engine
         return State(model, after_form, folder, content, measurement, results=len(self.report.stages), engine=engine)
 
     def _parity(self, before: Any, after: Any, precision: str) -> parity.Parity:
@@ -391,9 +392,12 @@ class Loop:
             result.attempts.append(_Branch(name, entrant=entrant).attempt(entrant is best))
         found.engine, found.in_engine = next((n, e.measurement) for n, e in entrants.items() if e is best)
         others = "; ".join(f"{name}: {entrant.said()}" for name, entrant in entrants.items())
-        result.notes.append(f"{found.engine} runs the model from here on, the fastest inside the budget of {others}")
+        why = (
+            "none of these is inside the budget" if best.broken else "inside the budget the fastest, then the smallest"
+        )
+        result.notes.append(f"{found.engine} runs the model from here on; {why}: {others}")
 
-    def _context(self, step: Step, folder: Path, result: StageResult) -> Context:
+    def _context(self, step: Step, before: State, folder: Path, result: StageResult) -> Context:
         seed = self.plan.seed_of(step.key)
         torch.manual_seed(seed)
         torch.set_num_threads(usable_cores())
@@ -409,6 +413,7 @@ class Loop:
             notes=result.notes,
             tables=result.tables,
             attempts=result.attempts,
+            benchmarks=Benchmarks(engine=before.engine),
             choose_engine=lambda model, names, found: self._choose_engine(
                 step.key, model, names, found, folder, result
             ),
@@ -565,7 +570,8 @@ class Loop:
 
     def _dir(self, entry: Entry) -> Path:
         """A folder of its own for each time that an entry is run."""
-        first = self.folder / f"{self.number:02d}_{entry.key}"
+        name = entry.key if isinstance(entry, Step) else entry.how  # a choice's key holds those of all its branches
+        first = self.folder / f"{self.number:02d}_{name}"
         tries = (first.with_name(f"{first.name}_try{number}") for number in itertools.count(2))
         return next(folder for folder in itertools.chain([first], tries) if not folder.exists())
 

@@ -11,17 +11,19 @@ from torch import nn
 
 from optpipe.budget import Budget
 from optpipe.errors import RecipeError, StageError, named_reason
-from optpipe.forms import form_of
+from optpipe.forms import SPOKEN, form_of
 from optpipe.measure.proportions import samples_needed, smallest_provable_drop
 from optpipe.predictions import Predictions, as_scores, is_class, is_multilabel, join
 from optpipe.task import SPLITS, SliceError, Task, call, tensors_in
 
 
-def check(model: Any, task: Any, budget: Budget, subject: str) -> None:
+def check(model: Any, task: Any, budget: Budget, subject: str, expected: str = "torch") -> None:
     """Raise RecipeError with every problem of `model` and `task`, and with limits that the task cannot decide."""
     problems = []
-    if form_of(model) is None:
-        problems.append(f"model: the factory returned {type(model).__name__}; it must return a torch.nn.Module")
+    found = form_of(model)
+    if found is None or found.NAME != expected:
+        returned = type(model).__name__ if found is None else SPOKEN[found.NAME]
+        problems.append(f"model: the factory returned {returned}; it must return {SPOKEN[expected]}")
     if not isinstance(task, Task):
         problems.append(f"data: the factory returned {type(task).__name__}; it must return an optpipe.Task")
     if isinstance(task, Task) and not isinstance(model, nn.Module) and (task.preprocess or task.postprocess):

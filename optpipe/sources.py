@@ -51,7 +51,7 @@ class Data:
 
 def problems(model: Model, data: Data) -> list[str]:
     """What can be seen to be wrong without importing or reading anything heavy."""
-    found = [] if model.format == "torch" else _file_problems(model)
+    found = _file_problems(model)
     factories = {"model.factory": model.factory, "data.factory": data.factory}
     if model.format != "torch":
         del factories["model.factory"]
@@ -69,13 +69,18 @@ def problems(model: Model, data: Data) -> list[str]:
 
 
 def _file_problems(model: Model) -> list[str]:
-    """Of a model that starts as a file."""
+    """Of a model that starts as a file, or is half said to."""
+    if model.format == "torch":
+        given = f"model.path is '{model.path}', but model.format is torch; choose model=onnx or model=program"
+        return [given] if model.path else []
     if model.format not in FILES:
         return [f"model.format is '{model.format}'; it must be one of {', '.join(FILES)}, or torch for a factory"]
     if not model.path:
         return [f"model={model.format} needs model.path=…, the path of {SPOKEN[model.format]}"]
     if not Path(model.path).is_file():
         return [f"model.path is '{model.path}', which is not a file; give the path of {SPOKEN[model.format]}"]
+    if beside := [name for name in ("factory", "args", "weights") if getattr(model, name)]:
+        return [f"model={model.format} starts from a file, so that model.{beside[0]} means nothing; leave it out"]
     return []
 
 

@@ -84,13 +84,23 @@ class Run:
     def predictions(self, task: Task) -> Predictions:
         """The deployed model on the test split of `task`."""
         from optpipe.forms import form
-        from optpipe.runtimes import as_model, make_runner
+        from optpipe.machine import usable_cores
+        from optpipe.measure.latency import Bench
+        from optpipe.measure.settings import Measure
 
         found = form(self.manifest["form"])
-        model = found.load(self.model)
-        if self.manifest["runtime"] == "torch":
-            return task.predict(found.as_callable(model), "test")
-        return task.predict(as_model(make_runner(self.manifest["runtime"], model)), "test")
+        if self.manifest["runtime"] == "torch" and not self.manifest.get("options"):
+            return task.predict(found.as_callable(found.load(self.model)), "test")
+        with tempfile.TemporaryDirectory() as logs, Bench(Measure(), Path(logs)) as bench:
+            with bench.evaluator(self.contender(usable_cores())) as model:
+                return task.predict(model, "test")
+
+    def contender(self, threads: int) -> Contender:
+        """The deployed model in the engine that its manifest names."""
+        from optpipe.measure.latency import Contender
+
+        of, device = self.manifest, self.manifest["target"]["device"]
+        return Contender(self.model, of["runtime"], threads, of["form"], device, of.get("options", {}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,7 +222,7 @@ def _compare_again(run: Run, entries: list[Latency]) -> list[Comparison]:
         options = run.manifest.get("options", {}) if name == target["runtime"] else {}
         return Contender(folder, name, threads, form_name, target["device"], options)
 
-    team = [contender(run.model, runtime, run.manifest["form"]), contender(baseline, engine, came_in_as)]
+    team = [replace(run.contender(threads), runtime=runtime), contender(baseline, engine, came_in_as)]
     exported = baseline if came_in_as in RUNTIMES[runtime] else baseline / "exported" / RUNTIMES[runtime][0]
     if runtime != engine and exported.is_dir() and any(exported.iterdir()):
         team.append(contender(exported, runtime, came_in_as if exported == baseline else RUNTIMES[runtime][0]))
@@ -275,10 +285,8 @@ def against(run: Run, other: Run, max_slowdown: float, max_drop: float | None) -
 
 
 def _slowdown(run: Run, other: Run, allowed: float) -> Finding:
-    from optpipe.measure.latency import Contender
-
     threads = run.manifest["target"]["threads"]
-    team = [Contender(each.model, each.manifest["runtime"], threads) for each in (run, other)]
+    team = [each.contender(threads) for each in (run, other)]
     (comparison,) = _measured(run, team, [1])
     what, limit = "time of a call, batch 1", f"at most {allowed:+.1%}"
     if comparison.problem:

@@ -75,6 +75,10 @@ class Latency:
         found = form_of(model)
         assert found is not None
         able = installed_for(found.NAME)
+        if found.NAME in ("torch", "program"):
+            raise StageError(
+                f"runtimes compares engines of a file, and the model is {SPOKEN[found.NAME]}; export it before"
+            )
         if self.runtimes != [INSTALLED] and (others := sorted(set(self.runtimes) - set(able))):
             raise StageError(f"runtimes names {', '.join(others)}, which cannot run {SPOKEN[found.NAME]}")
         named = able if self.runtimes == [INSTALLED] else self.runtimes

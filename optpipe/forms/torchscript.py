@@ -51,7 +51,11 @@ def content_hash(model: torch.jit.ScriptModule) -> str:
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         if hasattr(module, "code"):
-            digest.update(f"{name}\n{module.code}".encode())
+            code, constants = module.code_with_constants  # in which a frozen module keeps its weights
+            digest.update(f"{name}\n{code}".encode())
+            for key, value in sorted(constants.const_mapping.items()):
+                if isinstance(value, torch.Tensor):
+                    update_with_tensor(digest, key, value)
     for name, tensor in sorted(model.state_dict().items()):
         update_with_tensor(digest, name, tensor)
     return digest.hexdigest()

@@ -74,7 +74,7 @@ class Measurer:
         self._timed: dict[tuple[Any, ...], Timed] = {}
         self._seen: dict[str, Inspection] = {}  # by the content of the file
         self._baseline = Contender(self._folder, "torch", target.threads)
-        self._unoptimised: dict[str, Contender | NotMeasured] = {}  # the baseline, by the engine that it was lowered to
+        self._unoptimised: dict[str, Path | NotMeasured] = {}  # the baseline, by the form that it was lowered to
         self._reference: dict[Split, Predictions] = {}
         self._judged: dict[tuple[str, str, Split], Predictions] = {}  # the latest, by the content of the model
 
@@ -83,7 +83,7 @@ class Measurer:
         with self._clock():
             current = form_of(model)
             assert current is not None
-            self._baseline = self._as_it_is(self._folder, current.NAME, self.target.threads)
+            self._baseline = replace(self._as_it_is(self._folder, current.NAME, self.target.threads), options={})
             if self.target.is_host:  # imported while the model is judged and exported
                 self._bench.prepare(list(dict.fromkeys([self._baseline.runtime, self.target.runtime])))
             current.save(model, self._folder)
@@ -100,8 +100,11 @@ class Measurer:
                 threads=self.target.threads,
             )
 
-    def measure(self, model: Any, folder: Path) -> Measurement:
-        """Figures of `model`, whose form was saved to `folder`; size and latency of a preview if it is no file yet."""
+    def measure(self, model: Any, folder: Path, engine: str = "") -> Measurement:
+        """Figures of `model`, whose form was saved to `folder`, in `engine` or the one that will run it.
+
+        Size and latency of a preview if it is no file yet.
+        """
         with self._clock():
             size: int | NotMeasured
             compressed: int | NotMeasured
@@ -109,7 +112,7 @@ class Measurer:
             try:
                 if self._is_previewed(model) and not self.settings.previews:
                     raise StageError("measure.previews=false")
-                contender, preview = self._contender(model, folder, self.target.threads)
+                contender, preview = self._contender(model, folder, self.target.threads, engine)
                 (timed,) = self._time(contender, [1], folder.name)
                 shipped = form(contender.form)
                 size = shipped.size_bytes(contender.folder)
@@ -120,7 +123,7 @@ class Measurer:
             return Measurement(
                 size_bytes=size,
                 compressed_bytes=compressed,
-                quality=self._quality(self._predict(model, "test")),
+                quality=self._quality(self._predict(model, "test", engine)),
                 latency=timed.latencies(preview=preview),
                 peak_memory_bytes=timed.peak_memory_bytes,
                 threads=self.target.threads,
@@ -329,23 +332,23 @@ class Measurer:
         return Contender(folder, chosen, threads, form_name, self.target.device, options)
 
     def _exported(self, engine: str) -> Contender | NotMeasured:
-        """The unoptimised baseline in `engine`; lowered when it is first asked for."""
-        if engine not in self._unoptimised:
-            self._unoptimised[engine] = self._lowered_baseline(engine)
-        return self._unoptimised[engine]
-
-    def _lowered_baseline(self, engine: str) -> Contender | NotMeasured:
+        """The unoptimised baseline in `engine`; lowered when an engine that takes its form is first asked for."""
         if self._baseline.form in RUNTIMES[engine]:
             return self._as_it_is(self._folder, self._baseline.form, self.target.threads, engine)
         wanted = RUNTIMES[engine][0]
-        folder = self._folder / "exported" / wanted
-        try:
-            if not folder.exists():
-                folder.mkdir(parents=True)
-                self._lower_baseline(engine, folder)
-        except StageError as error:
-            return NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
-        return self._as_it_is(folder, wanted, self.target.threads, engine)
+        if wanted not in self._unoptimised:
+            folder = self._folder / "exported" / wanted
+            try:
+                with tempfile.TemporaryDirectory(dir=self._folder) as partial:
+                    self._lower_baseline(engine, Path(partial))
+                    shutil.copytree(partial, folder)
+                self._unoptimised[wanted] = folder
+            except StageError as error:
+                self._unoptimised[wanted] = NotMeasured(f"the unoptimised baseline cannot be exported: {error}")
+        found = self._unoptimised[wanted]
+        if isinstance(found, NotMeasured):
+            return found
+        return self._as_it_is(found, wanted, self.target.threads, engine)
 
     def _lower_baseline(self, engine: str, folder: Path) -> None:
         """Raises StageError if the baseline cannot become what `engine` takes."""
@@ -463,7 +466,8 @@ class Measurer:
         """
         current = form_of(model)
         assert current is not None
-        if current.NAME in RUNTIMES["torch"]:
+        as_run = self.target.runtime == "torch" and (self.target.options or self.target.device != "cpu")
+        if current.NAME in RUNTIMES["torch"] and not as_run:
             yield current.as_callable(model)
             return
         try:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Nursery:
         self._number = 0
         self._imported: set[str] = set()
         log_folder.mkdir(parents=True, exist_ok=True)
+        # what workers leave behind, as AOTInductor's loader leaves the library that it unpacks
+        self._scratch = tempfile.TemporaryDirectory(prefix="optpipe_", ignore_cleanup_errors=True)
         self._control, theirs = socket.socketpair()
         with theirs, (log_folder / f"{runtime}.log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -41,7 +44,7 @@ class Nursery:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is for the parent, which closes its workers
-                env=_environment(),
+                env=_environment() | {"TMPDIR": self._scratch.name},
             )
         self._control.settimeout(START_SECONDS)
         self._is_ready = False
@@ -81,6 +84,7 @@ class Nursery:
         with contextlib.suppress(ProcessLookupError):  # what hangs, or outlived a nursery that was killed
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        self._scratch.cleanup()
 
     def _answer(self, request: bytes = b"", files: Sequence[int] = ()) -> dict[str, Any]:
         """What the process says to `request`, or first of all."""

@@ -88,14 +88,19 @@ def make_runner(
 
 def setting_problems(name: str, device: str, threads: int, options: dict[str, Any]) -> list[str]:
     """What is wrong with the target's device, threads and options for the engine called `name`."""
-    if device != "cpu" and name in ("openvino", "executorch"):
+    if device != "cpu" and name in ("openvino", "executorch", "aotinductor"):
         return [f"target.device is '{device}', but {name} runs on cpu here"]
     if device == "cpu" and name == "tensorrt":
         return ["target.runtime=tensorrt runs on a GPU; set target.device=cuda where there is one"]
-    if device != "cpu" and name == "onnxruntime":
+    if name == "onnxruntime" and (device != "cpu" or options.get("providers")):
         import onnxruntime as ort
 
-        if "CUDAExecutionProvider" not in ort.get_available_providers():
+        if absent := sorted(set(options.get("providers") or []) - set(ort.get_available_providers())):
+            return [
+                f"target.options: this ONNX Runtime has no provider '{absent[0]}'; it has "
+                f"{', '.join(ort.get_available_providers())}"
+            ]
+        if device != "cpu" and "CUDAExecutionProvider" not in ort.get_available_providers():
             return [
                 f"target.device is '{device}', but this ONNX Runtime is built for processors only; pip install "
                 "onnxruntime-gpu in its place"

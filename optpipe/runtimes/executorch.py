@@ -5,6 +5,7 @@ Its memory is planned ahead for one batch size; a larger batch is answered part 
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from optpipe.errors import StageError, named_reason
+from optpipe.errors import OptpipeError, StageError, named_reason
 from optpipe.forms import ExportedFile
 from optpipe.runtimes import Runner
 
@@ -25,9 +26,13 @@ NAME = "executorch"
 
 
 def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Any = None) -> Runner:
-    """threads: it always uses one for each core; its bindings have no setting for it, and a plan asks for no other."""
+    """Raises OptpipeError for another number of threads than cores, which its bindings have no setting for."""
     from executorch.runtime import Runtime
 
+    if threads != os.cpu_count():
+        raise OptpipeError(
+            f"ExecuTorch's Python bindings always use every core, {os.cpu_count()} here, and not {threads} thread(s)"
+        )
     method = Runtime.get().load_program(str(model.path)).load_method("forward")
     planned = int(method.metadata.input_tensor_meta(0).sizes()[0])
 

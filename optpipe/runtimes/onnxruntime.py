@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
+from optpipe.errors import OptpipeError
 from optpipe.forms import ExportedFile
 from optpipe.runtimes import Runner
 from optpipe.runtimes.options import OnnxRuntime
@@ -35,6 +36,9 @@ def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Onnx
     session = ort.InferenceSession(
         str(model.path), session_options(threads, options), providers=names, provider_options=settings
     )
+    session.disable_fallback()
+    if absent := [name for name in names if name not in session.get_providers()]:  # it would only have warned
+        raise OptpipeError(f"ONNX Runtime could not start {', '.join(absent)} here; its log says why")
     inputs = [node.name for node in session.get_inputs()]
 
     outputs = [node.name for node in session.get_outputs()]

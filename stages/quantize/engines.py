@@ -97,7 +97,9 @@ def quantizer_for(placement: Placement, ctx: Context, scheme: Scheme, keep: Iter
 
     engine = placement.for_target(ctx.target)
     if OF_RUNTIME[engine] != ctx.target.runtime:
-        ctx.note(f"placed for {engine.value}, but run in {ctx.target.runtime}, which may compute parts of it in float")
+        ctx.note(
+            f"placed for {engine.value}; {ctx.target.runtime}, which the target names, may compute parts of it in float"
+        )
     if engine is Placement.inductor:
         return Borrowed("torchao's quantiser for Inductor", *_inductor(scheme, ctx.target), scheme, keep)
     if engine is Placement.xnnpack:

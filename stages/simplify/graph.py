@@ -53,6 +53,8 @@ class Graph:
         from optpipe.forms.exported import EXPORTED
         from optpipe.lower import strip
 
+        if len(form("onnx").files(model.path.parent)) > 1:
+            raise StageError("the file's weights lie beside it, since one file cannot hold them; leave this step out")
         before = onnx.load(model.path)
         after = self._optimised(before, ctx.dir)
         strip(after)
@@ -63,7 +65,7 @@ class Graph:
             form("onnx").as_callable(model),
             form("onnx").as_callable(ExportedFile(target, "onnx")),
             ctx.task,
-            precision=_kind(before),
+            precision=parity.precision(model),
         )
         sizes = [
             (path.stat().st_size, len(graph.graph.node)) for path, graph in ((model.path, before), (target, after))
@@ -150,13 +152,3 @@ def _check(before: onnx.ModelProto, after: onnx.ModelProto) -> None:
         onnx.checker.check_model(after, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise StageError(f"the simplified graph is not valid ONNX: {named_reason(error)}") from error
-
-
-def _kind(graph: onnx.ModelProto) -> str:
-    """What the graph computes in, a key of optpipe.parity.TOLERANCE."""
-    import onnx
-
-    if any("Quantize" in node.op_type or "Integer" in node.op_type for node in graph.graph.node):
-        return "int8"
-    half = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-    return "half" if any(tensor.data_type in half for tensor in graph.graph.initializer) else "float32"

@@ -147,7 +147,7 @@ def test_inductor_takes_the_quantiser_of_its_processor(instructions, model, cont
         InstructionSet.avx2: "u8s8: chosen for avx2, weights in 7",
     }
     assert expected[instructions] in " ".join(ctx.notes)
-    assert any(note.startswith("placed for inductor, but run in onnxruntime") for note in ctx.notes)
+    assert any(note.startswith("placed for inductor; onnxruntime, which the target names") for note in ctx.notes)
 
 
 def test_sensitivity_speaks_of_the_engines_own_placement(model, context) -> None:
