@@ -610,7 +610,7 @@ def latency_bar(result: Result, given: str, size: int, limit: float) -> Iterator
     """Against the fastest of the others that keep quality; two times within MARGIN are the same."""
     timed = {e.name: (e, t) for e in result.others(given) if e.keeps_quality and (t := time_at(result, size, e))}
     if not timed:
-        yield f"latency at batch {size}, others given the network {given}: NOT SHOWN, none that keeps its quality was timed"
+        yield f"latency at batch {size}, others given the network {given}: NOT SHOWN, none keeps its quality"
         return
     if problem := result.timings[str(size)].problem:
         yield f"latency at batch {size}, others given the network {given}: NOT SHOWN, {problem}"

@@ -93,10 +93,12 @@ def test_the_recipe_says_what_failed_and_what_replaced_it(tmp_path: Path, cache:
         "distill", "prune", "recover", "quantize", "trace", "export", "benchmark",
     ]  # fmt: skip
     (attempts,) = (stage["attempts"] for stage in report["stages"] if stage["key"] == "distill")
-    failed, taken = attempts
-    assert failed["method"] == "trace_original" and not failed["ok"]
-    assert "torch.export" in failed["reason"] and "captur" in failed["reason"]
-    assert taken["method"] == "distill+prune+recover+quantize+trace" and taken["chosen"]
+    exported, scripted, taken = attempts
+    assert exported["method"] == "trace_original+export_original" and not exported["ok"]
+    assert "torch.export, strict" in exported["reason"] and "confidence.min().item()" in exported["reason"]
+    assert scripted["method"] == "script_original+export_script" and not scripted["ok"]
+    assert all(way in scripted["reason"] for way in ("torch.jit.trace", "torch.jit.script", "strict=False"))
+    assert taken["method"] == "distill+prune+recover+quantize+trace+export" and taken["chosen"]
     assert any("ResidualMLP" in note for stage in report["stages"] for note in stage["notes"])
     manifest = json.loads((run / "model" / "manifest.json").read_text())
     assert [output["name"] for output in manifest["outputs"]] == propositions.OUTPUTS
