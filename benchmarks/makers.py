@@ -143,7 +143,8 @@ def aotinductor(
 ) -> None:
     """`model` compiled with free batch size, or for `batch_size` samples; in int8 by torchao's quantiser for x86.
 
-    configs: Inductor's.
+    configs: Inductor's. Its loops are compiled for one thread, which all contenders have: for two, they would wait for
+        each other on one core.
     """
     import torch
     from torch.export import Dim
@@ -158,7 +159,7 @@ def aotinductor(
             model = in_int8(torch_export(model, several, dynamic_shapes=free).module(), task)
         program = torch_export(model, example, dynamic_shapes=None if batch_size else free)
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(folder / AOTINDUCTOR), inductor_configs=configs
+            program, package_path=str(folder / AOTINDUCTOR), inductor_configs={"cpp.threads": 1, **configs}
         )
 
 

@@ -274,18 +274,19 @@ def trace(model: nn.Module, task: Task, *, strict: bool) -> ScriptModule:
     """What `model` does on its example inputs, as a TorchScript module.
 
     strict: whether dicts and lists that it returns are refused.
-    Raises StageError if it cannot be traced, or if a branch of its code depends on the values of a tensor.
+    Raises StageError if it cannot be traced, or if its code reads the values of a tensor: what it does with them, such
+    as to stop a loop, would be as in the example, and samples that go another way may be rare.
     """
     example = batch_of(task.example_inputs, 2)
     args, kwargs = arguments(example)
     model.eval()
     with giving_tensors(model, example, task.outputs) as module:
         for reader, line in values_read(module, example):
-            if reader == "__bool__":
-                raise StageError(
-                    f"a trace would bake in a branch that depends on the values of a tensor, at {line}; choose with "
-                    "torch.where, or let a loop that stops early run to its end"
-                )
+            what = "a branch that depends on" if reader == "__bool__" else f"the number that {reader} makes of"
+            raise StageError(
+                f"a trace would bake in {what} the values of a tensor, at {line}; choose with torch.where, let a loop "
+                "that stops early run to its end, and leave numbers for reports out of forward"
+            )
         try:
             with silence(), torch.no_grad():
                 found = torch.jit.trace(  # type: ignore[no-untyped-call]

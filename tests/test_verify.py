@@ -115,7 +115,7 @@ def test_the_gate_lets_an_equal_model_pass_and_stops_a_worse_one(edge_run: Any, 
         (lambda folder: (folder / "report.json").write_text('{"schema": 7}'), "is not a report of schema 1"),
         (
             lambda folder: (folder / "model" / "manifest.json").write_text("{}"),
-            "it has no files, form, runtime, target",
+            "it has no files, form, inputs, runtime, target",
         ),
         (lambda folder: name_in_manifest(folder, "../report.json"), "which is not in its folder"),
         (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from optpipe import parity
 from optpipe.context import Context
 from optpipe.errors import StageError
-from optpipe.forms import onnx
-from optpipe.stages.export import Onnx
+from optpipe.forms import form
+from optpipe.stages.export.onnx import Onnx
 from optpipe.stages.simplify import Standard
 from optpipe.stages.trace import Program
 from optpipe.target import Target
@@ -820,7 +820,7 @@ def carry(name: str, folder: Path) -> Carried:
     try:
         program = Program().run(Standard().run(copy.deepcopy(model), ctx), ctx)
         carried.operators = ctx.facts["operators"]
-        found = parity.check(model, onnx.as_callable(Onnx().run(program, ctx)), task, precision="float32")
+        found = parity.check(model, form("onnx").as_callable(Onnx().run(program, ctx)), task, precision="float32")
         carried.parity = f"{found.max_error:.1e}"
     except StageError as error:
         carried.reasons = (str(error),)
