@@ -45,7 +45,7 @@ def main() -> int:
         return judge(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as folder:
         words = ["+recipe=reasoner", f"benchmark.threads=[{','.join(map(str, THREADS))}]", "tracking=none"]
-        words.append("measure.max_seconds=20")  # the original on every core of a machine is not a quiet thing to time
+        words.append("measure.max_seconds=60")  # the original on every core of a machine is not a quiet thing to time
         command = [sys.executable, "-m", "optpipe", *words, f"hydra.run.dir={folder}/run"]
         subprocess.run(command, check=True)
         return judge(Path(folder) / "run")
