@@ -65,7 +65,6 @@ def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> N
         ([EDGE, "target.device=gpu"], ["it must be cpu, cuda or cuda:<number>"]),
         ([EDGE, "export=openvino"], ["ends with an OpenVINO IR, which target.runtime=onnxruntime does not run"]),
         ([EDGE, "benchmark.runtimes=[onxruntime]"], ["runtimes names 'onxruntime'; did you mean 'onnxruntime'?"]),
-        ([EDGE, "target.runtime=executorch", "target.threads=77"], ["always use every core"]),
         ([EDGE, "target.runtime=onxruntime"], ["target.runtime is 'onxruntime'", "did you mean 'onnxruntime'?"]),
         (
             [EDGE, "quantize.placement=inductor", "quantize.weights=per_tensor"],
@@ -90,6 +89,15 @@ def test_every_recipe_composes_and_opens_with_what_it_produces(recipe: str) -> N
             ],
         ),
         ([EDGE, "pipeline=[{all_of:[prune,quantize]}]"], ["all_of", "first_of", "best_of"]),
+        ([EDGE, "model.path=net.onnx"], ["model.format is torch; choose model=onnx or model=program"]),
+        (
+            [EDGE, "model=onnx", f"model.path={__file__}", "model.weights=w.pt", "pipeline=[benchmark]"],
+            ["model.weights means nothing; leave it out"],
+        ),
+        (
+            [EDGE, "+target.options.providers=[NoSuchProvider]"],
+            ["has no provider 'NoSuchProvider'", "CPUExecutionProvider"],
+        ),
         ([EDGE, "model.factory=no_such_package.net"], ["model.factory", "no_such_package"]),
         ([EDGE, "model.weights=no_such_file.pt"], ["model.weights is 'no_such_file.pt', which is not a file"]),
         ([EDGE, "plugins=[no_such_plugin]"], ["plugins names 'no_such_plugin'", "cannot be imported"]),

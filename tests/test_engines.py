@@ -75,6 +75,24 @@ def test_settings_that_an_engine_does_not_have(name: str, device: str, options: 
     assert words in setting_problems(name, device, 1, options)[0]
 
 
+def test_executorch_has_no_setting_for_threads() -> None:
+    assert "always use every core; set it to" in setting_problems("executorch", "cpu", 7777, {})[0]
+
+
+def test_openvino_compiles_for_some_shapes_and_once_for_all_others(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    task, model = my_network.pixels(), my_network.perceptron().eval()
+    exported = lower.to_onnx(lower.trace(model, task), tmp_path / "model.onnx")
+    images = next(iter(task.test))[0]
+    with torch.no_grad():
+        expected = model(images).numpy()
+    for shapes in (0, 2):
+        run = make_runner("openvino", exported, 1, "cpu", {"shapes": shapes})
+        for size in (1, 5, 3, 64, 1, 3):
+            assert np.allclose(run(images[:size].numpy())[0], expected[:size], atol=1e-5)
+
+
 def test_an_engine_that_fails_in_its_own_process_is_an_error_of_the_stage(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (tmp_path / "model.xml").write_text("<net></net>")

@@ -93,6 +93,13 @@ def test_parity_refuses_outputs_that_changed(images: Task) -> None:
         parity.check(model, lambda x: model(x)[:, :5], images, precision="float32")
 
 
+@pytest.mark.parametrize("wrong", [torch.full((1, 10), torch.nan), torch.full((1, 10), torch.inf)])
+def test_parity_refuses_what_is_no_number(images: Task, wrong: torch.Tensor) -> None:
+    model = DigitsNet().eval()
+    with pytest.raises(StageError, match="the outputs changed by inf"):
+        parity.check(model, lambda image: wrong.expand(len(image), 10), images, precision="int8")
+
+
 def test_a_program_is_the_same_after_saving(images: Task, tmp_path: Path) -> None:
     program = lower.trace(DigitsNet().eval(), images)
     form("program").save(program, tmp_path)

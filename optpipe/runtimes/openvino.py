@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 NAME = "openvino"
+Shapes = tuple[tuple[int, ...], ...]
 
 
 def runner(model: ExportedFile, threads: int, device: str = "cpu", options: OpenVino | None = None) -> Runner:
@@ -31,17 +32,49 @@ def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Open
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": options.streams,
     }
-    compiled = ov.Core().compile_model(model.path, "CPU", settings)
-    names = [port.any_name for port in compiled.inputs]
+    compiled = _Compiled(model, settings, options.shapes)
+    names = [port.any_name for port in compiled.model.inputs]
     own = threading.local()  # a request answers one call at a time
 
     def run(*args: Any, **kwargs: Any) -> list[Any]:
-        if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
-        found = own.request.infer({**dict(zip(names, args, strict=False)), **kwargs}, share_inputs=True)
-        return list(found.values())
+        inputs = dict(zip(names, args, strict=False), **kwargs)
+        shapes = tuple(array.shape for array in inputs.values())
+        requests = own.__dict__.setdefault("requests", {})
+        request = requests.get(shapes)
+        if request is None:
+            key, fitting = compiled.for_inputs(shapes, inputs)
+            if key not in requests:
+                requests[key] = fitting.create_infer_request()
+            request = requests[key]
+        return list(request.infer(inputs, share_inputs=True).values())
 
     return run
+
+
+class _Compiled:
+    """One model, compiled for each of the first `most` shapes that it is called with, and once for all others."""
+
+    def __init__(self, model: ExportedFile, settings: dict[str, Any], most: int) -> None:
+        self._core, self._settings, self._most = ov.Core(), settings, most
+        self.model = self._core.read_model(model.path)
+        self._fixed: dict[Shapes, ov.CompiledModel] = {}
+        self._free = None if most and self.model.is_dynamic() else self._compile(self.model)
+        self._lock = threading.Lock()
+
+    def for_inputs(self, shapes: Shapes, inputs: dict[str, Any]) -> tuple[Shapes | None, ov.CompiledModel]:
+        """What runs `inputs`, and the shapes that it is compiled for; None for all."""
+        with self._lock:
+            if self._free is None and shapes not in self._fixed and len(self._fixed) < self._most:
+                fixed = self.model.clone()
+                fixed.reshape({name: array.shape for name, array in inputs.items()})
+                self._fixed[shapes] = self._compile(fixed)
+            if shapes in self._fixed:
+                return shapes, self._fixed[shapes]
+            self._free = self._free or self._compile(self.model)
+            return None, self._free
+
+    def _compile(self, model: ov.Model) -> ov.CompiledModel:
+        return self._core.compile_model(model, "CPU", self._settings)
 
 
 def lower(program: ExportedProgram, folder: Path, task: Task, rewrite: bool = True) -> ExportedFile:

@@ -39,8 +39,11 @@ class OpenVino:
 
     precision: str = "f32"  # of what is not integers: a processor with bf16 instructions would take them unasked
     streams: int = 1  # requests at once
+    shapes: int = 8  # compile for each of so many shapes when it first comes, which is faster; 0: once, for all
 
     def __post_init__(self) -> None:
+        if self.shapes < 0:
+            raise ValueError(f"shapes is {self.shapes}; it must not be negative")
         _one_of("precision", self.precision, PRECISIONS)
         if self.streams < 1:
             raise ValueError(f"streams is {self.streams}; it must be at least 1")

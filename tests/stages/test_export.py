@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,12 @@ def test_torchscript_is_frozen(model, context, task, tmp_path) -> None:
     frozen = torchscript.TorchScript().run(traced, context(model))
     found = form_of(frozen)
     assert found is form("torchscript") and not list(frozen.parameters())
+    heavier = copy.deepcopy(model)
+    with torch.no_grad():
+        heavier.head[3].weight.mul_(2)
+    with pytest.warns(DeprecationWarning):
+        other = torch.jit.trace(heavier, task.example_inputs)
+    assert found.content_hash(torchscript.TorchScript().run(other, context(model))) != found.content_hash(frozen)
     found.save(frozen, tmp_path)
     again = found.load(tmp_path)
     assert found.content_hash(again) == found.content_hash(frozen)
@@ -99,6 +106,15 @@ def test_torchscript_is_frozen(model, context, task, tmp_path) -> None:
 def test_a_torchscript_module_is_no_torch_module_to_other_stages() -> None:
     steps = [Step("trace", torchscript.TorchScript(), info_of(torchscript.TorchScript))]
     assert "takes a TorchScript module, but the model is a torch module" in chain_problems(steps)[0]
+
+
+def test_the_precision_of_a_file_is_read_from_its_operators(model, context, task) -> None:
+    exported = Onnx().run(lower.trace(model, task), context(model))
+    assert parity.precision(exported) == "float32"
+    proto = onnx.load(exported.path)
+    proto.graph.node.append(onnx.helper.make_node("DynamicQuantizeLinear", ["logits"], ["a", "b", "c"]))
+    onnx.save(proto, exported.path)
+    assert parity.precision(exported) == "int8"
 
 
 @pytest.mark.slow
