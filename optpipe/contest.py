@@ -117,7 +117,7 @@ def best(entrants: Sequence[Entrant], margin: float) -> Entrant:
         return min(found, key=lambda one: one.drop.value)
     timed = [one for one in found if one.speed]
     if timed:
-        speeds = [one.speed if len({each.runtime for each in timed}) == 1 else one.whole_speed for one in timed]
-        fastest = timed[max(range(len(timed)), key=lambda i: speeds[i][0] if speeds[i] else 0.0)]  # type: ignore[index]
+        in_one_engine = len({one.runtime for one in timed}) == 1
+        fastest = max(timed, key=lambda one: ((one.speed if in_one_engine else one.whole_speed) or (0.0,))[0])
         found = [one for one in timed if speed_of(one, fastest, margin) == "same"]
     return min(found, key=lambda one: (one.size, one.drop.value))

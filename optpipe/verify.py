@@ -222,7 +222,8 @@ def _compare_again(run: Run, entries: list[Latency]) -> list[Comparison]:
         options = run.manifest.get("options", {}) if name == target["runtime"] else {}
         return Contender(folder, name, threads, form_name, target["device"], options)
 
-    team = [replace(run.contender(threads), runtime=runtime), contender(baseline, engine, came_in_as)]
+    as_it_came_in = replace(contender(baseline, engine, came_in_as), options={})  # as the run timed it
+    team = [replace(run.contender(threads), runtime=runtime), as_it_came_in]
     exported = baseline if came_in_as in RUNTIMES[runtime] else baseline / "exported" / RUNTIMES[runtime][0]
     if runtime != engine and exported.is_dir() and any(exported.iterdir()):
         team.append(contender(exported, runtime, came_in_as if exported == baseline else RUNTIMES[runtime][0]))

@@ -61,6 +61,23 @@ def test_options_change_how_and_hardly_what_is_computed(name: str, options: dict
     assert np.abs(plain - changed).max() < 0.02 * np.abs(plain).max() + 1e-6
 
 
+def test_options_reach_the_engine() -> None:
+    from optpipe.runtimes.onnxruntime import session_options
+
+    options = OPTIONS["onnxruntime"](spinning=False, arena=False, graph_level="basic", inter_threads=2)
+    session = session_options(3, options)
+    assert (session.intra_op_num_threads, session.inter_op_num_threads) == (3, 2)
+    assert not session.enable_cpu_mem_arena and session.graph_optimization_level.name == "ORT_ENABLE_BASIC"
+    assert session.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_autocast_rounds_what_torch_computes() -> None:
+    torch.manual_seed(0)
+    model, images = my_network.perceptron().eval(), next(iter(my_network.pixels().test))[0].numpy()
+    plain, rounded = (make_runner("torch", model, 1, "cpu", each)(images)[0] for each in ({}, {"autocast": "bf16"}))
+    assert rounded.dtype == np.float32 and 0 < np.abs(plain - rounded).max() < 0.02 * np.abs(plain).max()
+
+
 @pytest.mark.parametrize(
     ("name", "device", "options", "words"),
     [
