@@ -6,6 +6,7 @@ further apart than the margin of equivalence; in size, by more than that margin.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,13 @@ class Entrant:
         """Times faster than the baseline as it came in, which compares across engines."""
         latency = self.measurement.headline()
         return (latency.speedup, latency.speedup_ci95) if latency else None
+
+    @property
+    def mean_speed(self) -> float:
+        """Times faster than the baseline as it came in, the geometric mean over the batch sizes that were timed."""
+        latency = self.measurement.latency
+        speeds = [] if isinstance(latency, NotMeasured) else [entry.speedup for entry in latency]
+        return statistics.geometric_mean(speeds) if speeds else 0.0
 
     @property
     def size(self) -> float:
@@ -108,16 +116,28 @@ def shortcoming(one: Entrant, before: Entrant, margin: float, gains_quality: Cal
 
 
 def best(entrants: Sequence[Entrant], margin: float) -> Entrant:
-    """Inside the budget; the fastest, or of those not told apart from it the smallest file, then the first.
+    """Of the leaders the smallest file; of files of one size the one that lost least quality, then the first."""
+    return min(leaders(entrants, margin), key=lambda one: (one.size, one.drop.value))
 
-    Files of one size: the one that lost least quality; so too where all break the limit on it, as what they began with.
+
+def best_engine(entrants: Sequence[Entrant], margin: float) -> Entrant:
+    """Of the leaders, which run one file, the fastest over all batch sizes; then the one that lost least quality."""
+    found = leaders(entrants, margin)
+    enough = max(one.mean_speed for one in found) / (1 + margin)
+    return min((one for one in found if one.mean_speed >= enough), key=lambda one: one.drop.value)
+
+
+def leaders(entrants: Sequence[Entrant], margin: float) -> list[Entrant]:
+    """Those inside the budget that are not told apart from the fastest of them at batch 1.
+
+    Where all break the limit on quality, the one that lost least, as what they began with did.
     """
     found = [one for one in entrants if not one.broken] or list(entrants)
     if all("quality_drop" in one.broken for one in found):
-        return min(found, key=lambda one: one.drop.value)
+        return [min(found, key=lambda one: one.drop.value)]
     timed = [one for one in found if one.speed]
-    if timed:
-        in_one_engine = len({one.runtime for one in timed}) == 1
-        fastest = max(timed, key=lambda one: ((one.speed if in_one_engine else one.whole_speed) or (0.0,))[0])
-        found = [one for one in timed if speed_of(one, fastest, margin) == "same"]
-    return min(found, key=lambda one: (one.size, one.drop.value))
+    if not timed:
+        return found
+    in_one_engine = len({one.runtime for one in timed}) == 1
+    fastest = max(timed, key=lambda one: ((one.speed if in_one_engine else one.whole_speed) or (0.0,))[0])
+    return [one for one in timed if speed_of(one, fastest, margin) == "same"]

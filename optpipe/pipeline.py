@@ -6,8 +6,8 @@ import copy
 import itertools
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,31 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from optpipe import contest, manifest, parity
-from optpipe.budget import AT_LEAST, Estimate, Policy, estimates, judge
+from optpipe import alternatives, manifest, parity
+from optpipe.alternatives import Branch
+from optpipe.budget import Policy
 from optpipe.contest import Entrant
 from optpipe.context import Benchmarks, Context
 from optpipe.divergence import first_divergence
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
-from optpipe.forms import SPOKEN, ExportedFile, Form, form_of
+from optpipe.forms import SPOKEN, ExportedFile, form_of
+from optpipe.judge import Judge
 from optpipe.machine import machine_lock, usable_cores
-from optpipe.measure import quality
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
 from optpipe.measure.memory import peak_memory
 from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken
 from optpipe.progress import log, say
 from optpipe.rehearsal import Forecast, Forecasts, Rehearsal
-from optpipe.report import Attempt, BudgetReport, Check, Final, Measurement, NotMeasured, Report, StageResult, figures
+from optpipe.report import Attempt, BudgetReport, Final, NotMeasured, Report, StageResult
 from optpipe.report.page import write_page
 from optpipe.runtimes import engine_of
+from optpipe.state import State
 from optpipe.task import Inputs, Task
 from optpipe.tracking import Tracker
 
 FULL_DISK_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class State:
-    """The model between two steps."""
-
-    model: Any
-    form: Form
-    folder: Path  # where it was saved
-    hash: str
-    measurement: Measurement
-    results: int  # of the report's, up to here
-    engine: str = ""  # that the benchmark chose to run it; by default the target's, if that can
-    is_accepted: bool = True  # by the budget; a later step that breaks it can be rolled back to here
-
-    def reloaded(self) -> State:
-        """The same with a model of its own, for a branch that may change it."""
-        return replace(self, model=self.form.load(self.folder))
 
 
 def run(
@@ -107,36 +91,6 @@ def _write(report: Report, folder: Path) -> None:
         say(f"the report could not be written to {folder}: {error}")
 
 
-@dataclass
-class _Branch:
-    """An alternative that was tried."""
-
-    method: str
-    refused: str = ""  # why it is not to be taken
-    state: State | None = None  # None if it failed
-    entrant: Entrant | None = None
-    results: list[StageResult] = field(default_factory=list)
-
-    def attempt(self, chosen: bool) -> Attempt:
-        """For the report."""
-        seconds = sum(result.seconds for result in self.results)
-        if self.entrant is None:
-            return Attempt(method=self.method, ok=False, reason=self.refused, seconds=seconds)
-        measurement, drop = self.entrant.measurement, self.entrant.drop
-        parts = [self.refused, self.entrant.said(), *self.entrant.broken.values()]
-        return Attempt(
-            method=self.method,
-            ok=not self.refused,
-            reason="; ".join(dict.fromkeys(filter(None, parts))),
-            chosen=chosen,
-            seconds=seconds,
-            latency=figures.headline(measurement),
-            size_bytes=measurement.size_bytes,
-            quality_drop=drop.value,
-            quality_drop_ci95=drop.ci95,
-        )
-
-
 class Loop:
     """One run of a plan."""
 
@@ -147,6 +101,7 @@ class Loop:
         baseline_folder = folder / "00_baseline"
         baseline_folder.mkdir(parents=True, exist_ok=True)
         self.measurer = Measurer(task, plan.target, plan.measure, folder, bench)
+        self.judge = Judge(plan.budget, self.measurer)
         self.baseline = model
         if isinstance(model, nn.Module):
             model.eval().requires_grad_(True)  # in the saved copy, which a rolled-back run trains
@@ -197,7 +152,9 @@ class Loop:
             self.baseline.requires_grad_(False)
         else:
             model = current.load(folder)
-        return State(model, current, folder, current.content_hash(model), measurement, results=0)
+        state = State(model, current, folder, current.content_hash(model), measurement, results=0)
+        self.judge.baseline = state.hash, measurement
+        return state
 
     def _as_relaxed(self, step: Step) -> Step:
         """`step` with the settings that are to be tried now."""
@@ -212,7 +169,7 @@ class Loop:
         if budget.quality_drop is not None and not waits:
             limits.setdefault("quality_drop", budget.quality_drop)
             limits["quality_drop"] = min(limits["quality_drop"], budget.quality_drop)
-        checks = self._checks(limits, state, entry.key)
+        checks = self.judge.checks(limits, state, entry.key)
         self.report.budget.checks += checks
         broken = [check for check in checks if not check.holds]
         if not broken:
@@ -229,37 +186,6 @@ class Loop:
         own = budget.of_step(entry.key)
         self.broken += [f"after '{entry.key}', {check.said}" for check in broken if check.limit in own]
         say(f"  over budget: {said}")
-
-    def _checks_of(self, key: str, state: State) -> list[Check]:
-        """All limits of the run, and those on the entry `key`, on one of its alternatives."""
-        limits = self.plan.budget.limits()
-        for name, allowed in self.plan.budget.of_step(key).items():
-            stricter = max if name in AT_LEAST else min
-            limits[name] = stricter(allowed, limits.get(name, allowed))
-        return self._checks(limits, state, key)
-
-    def _checks(self, limits: dict[str, float], state: State, where: str) -> list[Check]:
-        if not limits:
-            return []
-        known = estimates(state.measurement, self.states[0].measurement)
-        if "quality_drop" in limits:
-            known["quality_drop"] = self._drop(state)
-        return judge(limits, known, self.plan.budget.confidence, where)
-
-    def _drop(self, state: State) -> Estimate:
-        """The quality that `state` lost on validation samples; none without doubt if nothing has changed."""
-        points = self.task.metric.unit == "fraction"
-        unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
-        if state.hash == self.states[0].hash and not state.engine:
-            return replace(Estimate.exact(0.0), unit=unit, scale=scale)
-        ours, theirs = self.measurer.validation(state.model, state.engine), self.measurer.validation_baseline
-        return Estimate(
-            ours.drop_from(theirs),
-            quality.drop_interval(ours, theirs),
-            lambda confidence: quality.drop_bound(ours, theirs, confidence),
-            unit,
-            scale,
-        )
 
     def _relax(self, said: str) -> bool:
         """Go back to the nearest step that has milder settings left; False if none has."""
@@ -370,33 +296,6 @@ class Loop:
         with self.measurer.evaluating(before) as expected, self.measurer.evaluating(after) as found:
             return parity.check(expected, found, self.task, precision=precision, locate=locate)
 
-    def _choose_engine(
-        self, key: str, model: Any, names: Sequence[str], found: Benchmarks, folder: Path, result: StageResult
-    ) -> None:
-        """The fastest engine inside the budget; of those not told apart the one that loses least, then the target's."""
-        current = form_of(model)
-        assert current is not None
-        entrants: dict[str, Entrant] = {}
-        for name, measurement in self.measurer.engines(model, folder, names).items():
-            state = State(model, current, folder, current.content_hash(model), measurement, results=0, engine=name)
-            if measurement.headline() is None or isinstance(measurement.quality, NotMeasured):
-                lost = measurement.latency if measurement.headline() is None else measurement.quality
-                reason = lost.not_measured if isinstance(lost, NotMeasured) else "it was not timed at batch 1"
-                result.attempts.append(Attempt(method=name, ok=False, reason=reason))
-            else:
-                entrants[name] = self._entrant(key, state)
-        if not entrants:
-            return
-        best = contest.best(list(entrants.values()), self.plan.measure.margin)
-        for name, entrant in entrants.items():
-            result.attempts.append(_Branch(name, entrant=entrant).attempt(entrant is best))
-        found.engine, found.in_engine = next((n, e.measurement) for n, e in entrants.items() if e is best)
-        others = "; ".join(f"{name}: {entrant.said()}" for name, entrant in entrants.items())
-        why = (
-            "none of these is inside the budget" if best.broken else "inside the budget the fastest, then the smallest"
-        )
-        result.notes.append(f"{found.engine} runs the model from here on; {why}: {others}")
-
     def _context(self, step: Step, before: State, folder: Path, result: StageResult) -> Context:
         seed = self.plan.seed_of(step.key)
         torch.manual_seed(seed)
@@ -414,9 +313,7 @@ class Loop:
             tables=result.tables,
             attempts=result.attempts,
             benchmarks=Benchmarks(engine=before.engine),
-            choose_engine=lambda model, names, found: self._choose_engine(
-                step.key, model, names, found, folder, result
-            ),
+            choose_engine=partial(alternatives.choose_engine, step.key, folder, result, self.judge),
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
@@ -428,15 +325,15 @@ class Loop:
         folder, kept = self._dir(choice), len(self.report.stages)
         keeps_form = forms_along([choice], before.form.NAME)[0][2] == {before.form.NAME}
         competes = choice.how == "best_of" and keeps_form
-        original = self._entrant(choice.key, self._as_entrant(before, folder)) if competes else None
-        branches: list[_Branch] = []
+        original = self.judge.entrant(choice.key, self._as_entrant(before, folder)) if competes else None
+        branches: list[Branch] = []
         for number, steps in enumerate(choice.branches, 1):
             branch = self._branch(choice, steps, before, original, [folder / f"{number}_{step.key}" for step in steps])
             del self.report.stages[kept:]
             branches.append(branch)
             if choice.how == "first_of" and branch.entrant and not (branch.refused or branch.entrant.broken):
                 break
-        chosen = self._chosen(choice, branches)
+        chosen = alternatives.chosen(choice.how, branches, self.plan.measure.margin)
         attempts = [branch.attempt(branch is chosen) for branch in branches]
         attempts += [Attempt(method=method, ok=False, reason=reason) for method, reason in choice.absent]
         if chosen is None and original is None:
@@ -458,30 +355,20 @@ class Loop:
 
     def _branch(
         self, choice: Choice, steps: tuple[Step, ...], before: State, original: Entrant | None, folders: list[Path]
-    ) -> _Branch:
+    ) -> Branch:
         """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
-        first, branch = len(self.report.stages), _Branch(method_of(steps))
+        first, branch = len(self.report.stages), Branch(method_of(steps))
         state = before.reloaded()
         try:
             for step, folder in zip(steps, folders, strict=True):
                 state = self._step(step, state, folder)
-            entrant = original if original and state.hash == before.hash else self._entrant(choice.key, state)
+            entrant = original if original and state.hash == before.hash else self.judge.entrant(choice.key, state)
             branch.state, branch.entrant = state, entrant
-            branch.refused = self._refusal(state, entrant, before, original)
+            branch.refused = alternatives.refusal(self.judge, entrant, state, original, before)
         except StageError as error:
             branch.refused = str(error)
         branch.results = self.report.stages[first:]
         return branch
-
-    def _chosen(self, choice: Choice, branches: list[_Branch]) -> _Branch | None:
-        able = [branch for branch in branches if branch.entrant and not branch.refused]
-        if not able:
-            return None
-        entrants = [branch.entrant for branch in able if branch.entrant]
-        if choice.how == "first_of":
-            return next((branch for branch in able if branch.entrant and not branch.entrant.broken), able[0])
-        best = contest.best(entrants, self.plan.measure.margin)
-        return next(branch for branch in able if branch.entrant is best)
 
     def _as_entrant(self, before: State, folder: Path) -> State:
         """`before`, measured as its branches are: the model as it came in, too, in the target's runtime."""
@@ -491,29 +378,6 @@ class Loop:
         own = folder / "0_before"
         own.mkdir(parents=True)
         return replace(before, measurement=self.measurer.measure(before.model, own))
-
-    def _entrant(self, key: str, state: State) -> Entrant:
-        broken = {check.limit: check.said for check in self._checks_of(key, state) if not check.holds}
-        return Entrant(measurement=state.measurement, metric=self.task.metric, drop=self._drop(state), broken=broken)
-
-    def _refusal(self, state: State, entrant: Entrant, before: State, original: Entrant | None) -> str:
-        """Why a branch that ran is not to be taken: the quality that it lost, or that it is no better than `original`.
-
-        Where the model before it breaks the limit on quality too, whatever is better goes on.
-        """
-        if original is None or "quality_drop" not in original.broken:
-            if lost := entrant.broken.pop("quality_drop", ""):
-                return lost
-        if original is None:
-            return ""
-        if state.hash == before.hash:
-            return "it changed nothing"
-
-        def gains_quality() -> bool:
-            ours, theirs = self.measurer.validation(state.model), self.measurer.validation(before.model)
-            return quality.drop_interval(ours, theirs)[1] < 0
-
-        return contest.shortcoming(entrant, original, self.plan.measure.margin, gains_quality)
 
     def _unchanged(self, choice: Choice, before: State, original: Entrant, attempts: list[Attempt]) -> State:
         """Nothing is better than the model before the choice: it goes on."""
@@ -528,7 +392,7 @@ class Loop:
         return replace(before, results=len(self.report.stages))
 
     def _no_alternative(
-        self, choice: Choice, before: State, branches: list[_Branch], attempts: list[Attempt], keeps_form: bool
+        self, choice: Choice, before: State, branches: list[Branch], attempts: list[Attempt], keeps_form: bool
     ) -> State:
         """Every branch failed or broke its limits: the model before them, where the policy takes steps back."""
         reasons = "; ".join(f"'{attempt.method}': {attempt.reason}" for attempt in attempts)
@@ -557,7 +421,7 @@ class Loop:
         measurement = self.measurer.final(state.measurement, state.model, folder, engine)
         self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
         self.measurer.save_quality(state.model, engine)
-        checks = self._checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
+        checks = self.judge.checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
         self.report.budget.checks += checks
         self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]
         for result in self.report.stages:

@@ -155,6 +155,23 @@ def test_alternatives_that_change_the_form_cannot_be_left_out(project: Path) -> 
     assert "they turn a torch module into an exported program" in said
 
 
+def in_engine(name: str, small: float, large: float, half: float = 0.1, drop: float = 0.0) -> Entrant:
+    """How many times faster than it came in at batch 1, within `half`, and at batch 16."""
+    one, ends = entrant(drop=drop), (small - half, small + half)
+    grid = [reports.latency(runtime=name, speedup=small, speedup_same_runtime=small, speedup_ci95=ends)]
+    grid.append(dataclasses.replace(grid[0], batch_size=16, speedup=large))
+    return dataclasses.replace(one, measurement=dataclasses.replace(one.measurement, latency=grid))
+
+
+def test_engines_rank_by_batch_1_then_by_all_batch_sizes_then_by_quality() -> None:
+    first = in_engine("onnxruntime", 6.0, 6.0)
+    assert contest.best_engine([first, in_engine("openvino", 7.0, 1.0)], MARGIN).runtime == "openvino"
+    assert contest.best_engine([first, in_engine("openvino", 6.1, 9.0)], MARGIN).runtime == "openvino"
+    assert contest.best_engine([first, in_engine("openvino", 5.9, 9.0)], MARGIN).runtime == "openvino"
+    assert contest.best_engine([first, in_engine("openvino", 6.0, 6.1)], MARGIN).runtime == "onnxruntime"
+    assert contest.best_engine([first, in_engine("openvino", 6.0, 6.1, drop=-0.01)], MARGIN).runtime == "openvino"
+
+
 def test_the_engines_gain_is_not_taken_for_the_branchs(project: Path) -> None:
     """Clipping changes no time; the model before it is timed in the target's runtime too, not in eager PyTorch."""
     report = run(project, PREVIEWS, *HERE, BROKEN, "clip.limit=0.3", "pipeline=[{best_of: [clip,broken]}]")

@@ -18,7 +18,7 @@ from torch import nn
 from optpipe import lower
 from optpipe.errors import StageError
 from optpipe.forms import SPOKEN, compressed_bytes, form, form_of
-from optpipe.machine import machine_lock, usable_cores
+from optpipe.machine import machine_lock
 from optpipe.measure import child, energy, explain, quality, roofline
 from optpipe.measure.inspect import Inspection, inspect
 from optpipe.measure.latency import Bench, Comparison, Contender
@@ -28,7 +28,7 @@ from optpipe.measure.statistics import Ratio
 from optpipe.predictions import Predictions
 from optpipe.progress import say
 from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, Roofline, Sustained
-from optpipe.runtimes import IN_PROCESS, RUNTIMES, as_model, engine_of, make_runner, runtime
+from optpipe.runtimes import IN_PROCESS, RUNTIMES, all_threads, as_model, engine_of, make_runner, runtime
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
 
@@ -163,15 +163,15 @@ class Measurer:
             return found
 
     def engines(self, model: Any, folder: Path, names: Sequence[str]) -> dict[str, Measurement]:
-        """`model`, a file, at batch 1 in each of the engines that `names` lists: time, quality, memory."""
+        """`model`, a file, in each engine of `names`: time at the target's batch sizes, quality, memory."""
         with self._clock():
-            current = form_of(model)
+            current, sizes = form_of(model), sorted({1, *self.target.batch_sizes})
             assert current is not None
             current.save(model, folder)
             found = {}
             for name in names:
                 contender = self._as_it_is(folder, current.NAME, self.target.threads, name)
-                (timed,) = self._time(contender, [1], f"{folder.name}_{name}")
+                first, *more = self._time(contender, sizes, f"{folder.name}_{name}")
                 try:
                     judged: Quality | NotMeasured = self._quality(self._predict(model, "test", name))
                 except StageError as error:
@@ -180,10 +180,10 @@ class Measurer:
                     size_bytes=current.size_bytes(folder),
                     compressed_bytes=compressed_bytes(current, folder),
                     quality=judged,
-                    latency=timed.latencies(),
-                    peak_memory_bytes=timed.peak_memory_bytes,
+                    latency=first.latencies(),
+                    peak_memory_bytes=first.peak_memory_bytes,
                     threads=self.target.threads,
-                )
+                ).with_grid([timed.latency for timed in more if isinstance(timed.latency, Latency)])
             return found
 
     def callers(self, model: Any, folder: Path, counts: Sequence[int], engine: str = "") -> list[Callers]:
@@ -472,7 +472,8 @@ class Measurer:
             return
         try:
             with tempfile.TemporaryDirectory() as folder:
-                contender = self._as_it_is(Path(folder), current.NAME, usable_cores(), engine)
+                threads = all_threads(engine or engine_of(current.NAME, self.target.runtime))
+                contender = self._as_it_is(Path(folder), current.NAME, threads, engine)
                 if contender.runtime in IN_PROCESS:
                     settings = contender.threads, contender.device, contender.options
                     yield as_model(make_runner(contender.runtime, model, *settings))

@@ -79,11 +79,16 @@ def runtime(name: str) -> Runtime:
     return module  # type: ignore[no-any-return]
 
 
+def all_threads(name: str) -> int:
+    """Threads for work that is not timed: a core each, or what the engine called `name` insists on."""
+    return os.cpu_count() or 1 if name == "executorch" else usable_cores()
+
+
 def make_runner(
     name: str, model: Any, threads: int = 0, device: str = "cpu", options: dict[str, Any] | None = None
 ) -> Runner:
     """A runner of `model` in the engine called `name`; by default on all cores. OptpipeError if it is missing."""
-    return runtime(name).runner(model, threads or usable_cores(), device, OPTIONS[name](**(options or {})))
+    return runtime(name).runner(model, threads or all_threads(name), device, OPTIONS[name](**(options or {})))
 
 
 def setting_problems(name: str, device: str, threads: int, options: dict[str, Any]) -> list[str]:
