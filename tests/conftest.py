@@ -59,9 +59,24 @@ def project(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return folder
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(shared: Path) -> Path:
+    """A database of MLflow's without experiments: making one takes seconds (edge_runs makes its own)."""
+    path = shared / "empty_mlflow.db"
+    with FileLock(shared / "empty_mlflow.lock"):
+        if not path.exists():
+            from mlflow import MlflowClient
+
+            partial = path.with_suffix(".partial")
+            MlflowClient(f"sqlite:///{partial}").search_experiments()
+            partial.rename(path)
+    return path
+
+
 @pytest.fixture
-def optpipe(project: Path, cache: Path) -> Any:
+def optpipe(project: Path, cache: Path, empty_mlflow: Path) -> Any:
     """Runs `python -m optpipe …` in the outside project."""
+    shutil.copy(empty_mlflow, project / "mlflow.db")
     return lambda *words: finish(start(project, *words, cache=cache), project)
 
 

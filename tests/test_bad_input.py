@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -121,8 +122,9 @@ def test_a_failed_run_exits_with_one_message_and_is_marked_in_mlflow(optpipe: An
     assert "Traceback" in (done.run / "optpipe.log").read_text()
 
 
-def test_ctrl_c_keeps_what_was_finished(project: Path, cache: Path) -> None:
-    words = ("+recipe=clip_int8", "--config-dir", "my_conf", ELSEWHERE, "distill.epochs=100000")
+def test_ctrl_c_keeps_what_was_finished(project: Path, cache: Path, empty_mlflow: Path) -> None:
+    shutil.copy(empty_mlflow, project / "mlflow.db")
+    words = ("+recipe=clip_int8", "--config-dir", "my_conf", ELSEWHERE, "distill.epochs=100000", "rehearse=false")
     process = start(project, *words, "pipeline=[simplify,distill,trace,export]", cache=cache)
     folder = project / "outputs" / "runs"
     deadline = time.monotonic() + 120

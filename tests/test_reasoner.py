@@ -83,7 +83,7 @@ def test_the_recipe_says_what_failed_and_what_replaced_it(tmp_path: Path, cache:
         *(f"+model.args.{name}={value}" for name, value in TINY.items()),
         "distill.student_args={width: 32, blocks: 1}", "distill.epochs=1",
         "recover.epochs=1", "measure=quick", "measure.noise_limit=1000", "target.batch_sizes=[1]",
-        "benchmark.callers=[1]", "budget.quality_drop=1", "tracking=none",
+        "benchmark.callers=[1]", "budget.quality_drop=1", "tracking=none", "rehearse=false",
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "optpipe", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
