@@ -31,9 +31,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(shared: Path) -> Path:
-    """A user cache of the test session's own, as on a fresh machine."""
-    folder = shared / "cache"
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user cache of each worker's own, as on a fresh machine.
+
+    With one for all, and so one lock, workers would wait for what the others time; each has a core of its own, and no
+    test asks how long something takes.
+    """
+    folder = tmp_path_factory.getbasetemp() / "cache"
     folder.mkdir(exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = str(folder)
     return folder

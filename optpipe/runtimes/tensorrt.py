@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optpipe.task import Task
 
 NAME = "tensorrt"
-LARGEST_BATCH = 64
+LONGEST = 4  # times the example's size, along a free dimension other than the batch
 LOGGER = trt.Logger(trt.Logger.ERROR)
 
 
@@ -54,9 +54,11 @@ def lower(
     fp16: bool = False,
     int8: bool = False,
     workspace_mib: int = 1024,
+    largest_batch: int = 16,
 ) -> ExportedFile:
-    """Build an engine for this machine's GPU, batches of 1 to LARGEST_BATCH, by way of ONNX.
+    """Build an engine for this machine's GPU, batches of 1 to `largest_batch`, by way of ONNX.
 
+    Other free sizes go up to LONGEST times those of the task's example inputs, for which the engine is tuned.
     int8: of what the graph quantises itself; nothing else is calibrated.
     Raises StageError with TensorRT's reasons if the graph holds what it cannot take.
     """
@@ -64,6 +66,7 @@ def lower(
 
     from optpipe.forms.exported import EXPORTED
     from optpipe.runtimes.onnxruntime import lower as to_onnx
+    from optpipe.task import tensors_in
 
     builder = trt.Builder(LOGGER)
     network = builder.create_network()
@@ -76,10 +79,11 @@ def lower(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_mib << 20)
         for flag in [flag for flag, wanted in (("FP16", fp16), ("INT8", int8)) if wanted]:
             config.set_flag(getattr(trt.BuilderFlag, flag))
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            shapes = [[size if d < 0 else d for d in tensor.shape] for size in (1, 1, LARGEST_BATCH)]
-            profile.set_shape(tensor.name, *shapes)
+        for i, example in enumerate(tensors_in(task.example_inputs)):
+            tensor, (_, *sizes) = network.get_input(i), example.shape
+            ranges = [(1, 1, largest_batch), *((1, size, LONGEST * size) for size in sizes)]
+            known = [found if size < 0 else (size,) * 3 for size, found in zip(tensor.shape, ranges, strict=True)]
+            profile.set_shape(tensor.name, *zip(*known, strict=True))
         config.add_optimization_profile(profile)
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:

@@ -45,4 +45,7 @@ class TensorRt:
         refuse_unused_inputs(model)
         if self.fp16:
             ctx.computes_in("half")
-        return lower(model, ctx.dir, ctx.task, fp16=self.fp16, int8=self.int8, workspace_mib=self.workspace_mib)
+        return lower(
+            model, ctx.dir, ctx.task, fp16=self.fp16, int8=self.int8, workspace_mib=self.workspace_mib,
+            largest_batch=max(ctx.target.batch_sizes),
+        )  # fmt: skip
