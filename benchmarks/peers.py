@@ -583,7 +583,8 @@ def tables(result: Result) -> list[str]:
         entries = [ours, *result.others(given)]
         said += [f"### The others are given the network {given}", markdown(header, [row(e, result) for e in entries])]
     said += ["\n".join(f"- {bar}" for bar in bars(result))]
-    noise = [f"{abs(timing.noise - 1):.1%} at batch {size}" for size, timing in result.leaders.items()]
+    timings = {**result.timings, **result.leaders}
+    noise = [f"{abs(timing.noise - 1):.1%} at batch {size}" for size, timing in timings.items()]
     said += [f"Ours against itself in other processes: {', '.join(noise)} apart."] if noise else []
     said += [f"At batch {size}: {timing.problem}" for size, timing in result.timings.items() if timing.problem]
     return said
@@ -640,7 +641,7 @@ def bars(result: Result) -> list[str]:
 def latency_bar(result: Result, given: str, size: int, limit: float) -> Iterator[str]:
     """Against the fastest of the others that keep quality; two times within MARGIN are the same."""
     others = [entry for entry in result.others(given) if entry.keeps_quality]
-    timed = {e.name: (e, time) for e in others if (time := time_at(result, size, e, again=True))}
+    timed = {e.name: (e, time) for e in others if (time := time_at(result, size, e, again=str(size) in result.leaders))}
     if not timed:
         yield f"latency at batch {size}, others given the network {given}: NOT SHOWN, none keeps its quality"
         return
