@@ -16,6 +16,7 @@ from optpipe.forms import form
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
 from optpipe.measure.settings import Measure
+from optpipe.report import samples
 from optpipe.runtimes import OPTIONS, RUNTIMES, engine_of, make_runner, setting_problems
 from optpipe.target import Target
 
@@ -28,6 +29,9 @@ def test_the_fastest_engine_that_is_installed_is_the_deployed_one(project: Path)
     result = optpipe.optimize(recipe="clip_int8", overrides=words, config_dir="my_conf", output=project / "run")
     stage = result.report.stages[-1]
     assert {attempt.method for attempt in stage.attempts} == {"onnxruntime", "openvino"}
+    assert len({(attempt.latency.replicas, attempt.latency.other_load_cores) for attempt in stage.attempts}) == 1
+    for attempt in stage.attempts:  # which took turns in one comparison
+        assert set(samples.calls(project / "run", attempt.latency)) == {"subject", "eager", "exported"}
     (chosen,) = [attempt for attempt in stage.attempts if attempt.chosen]
     manifest = json.loads((project / "run" / "model" / "manifest.json").read_text())
     assert manifest["runtime"] == chosen.method == result.latency.runtime

@@ -78,11 +78,14 @@ class Comparison:
         """Those of the first contender against each of the others."""
         return [self.ratio(0, reference) for reference in range(1, len(self.team))]
 
-    def save(self, path: Path, names: Sequence[str]) -> None:
-        """Every call's time and the number of its replica: arrays `<name>` and `<name>_replica` of an .npz file."""
+    def save(self, path: Path, names: Sequence[str], contenders: Sequence[int] = ()) -> None:
+        """Every call's time and the number of its replica: arrays `<name>` and `<name>_replica` of an .npz file.
+
+        contenders: those that have the names; by default the first ones.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, np.ndarray] = {}
-        for i, name in enumerate(names):
+        for i, name in zip(contenders or range(len(names)), names, strict=True):
             counts = [sum(map(len, replica[i])) for replica in self.blocks]
             arrays[name] = self.milliseconds(i)
             arrays[f"{name}_replica"] = np.repeat(np.arange(len(counts)), counts)

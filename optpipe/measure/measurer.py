@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -168,10 +169,11 @@ class Measurer:
             current, sizes = form_of(model), sorted({1, *self.target.batch_sizes})
             assert current is not None
             current.save(model, folder)
+            subjects = {name: self._as_it_is(folder, current.NAME, self.target.threads, name) for name in names}
+            timed = self._time_together(subjects, sizes, folder.name)
             found = {}
             for name in names:
-                contender = self._as_it_is(folder, current.NAME, self.target.threads, name)
-                first, *more = self._time(contender, sizes, f"{folder.name}_{name}")
+                first, *more = timed[name]
                 try:
                     judged: Quality | NotMeasured = self._quality(self._predict(model, "test", name))
                 except StageError as error:
@@ -183,7 +185,7 @@ class Measurer:
                     latency=first.latencies(),
                     peak_memory_bytes=first.peak_memory_bytes,
                     threads=self.target.threads,
-                ).with_grid([timed.latency for timed in more if isinstance(timed.latency, Latency)])
+                ).with_grid([entry.latency for entry in more if isinstance(entry.latency, Latency)])
             return found
 
     def callers(self, model: Any, folder: Path, counts: Sequence[int], engine: str = "") -> list[Callers]:
@@ -398,6 +400,39 @@ class Measurer:
             good = {size: timed for size, timed in found.items() if isinstance(timed.latency, Latency)}
             self._timed.update({(*what, size): timed for size, timed in good.items()})
         return [found[size] if size in found else self._timed[(*what, size)] for size in batch_sizes]
+
+    def _time_together(
+        self, subjects: dict[str, Contender], batch_sizes: Sequence[int], name: str
+    ) -> dict[str, list[Timed]]:
+        """Time several contenders, by name, in one comparison, so that their ratios to the baseline compare.
+
+        Those of different comparisons differ by more than their intervals say, since the machine changes between them.
+        Where one of them does not run, each is timed alone.
+        """
+        alone = {own: partial(self._time, subject, batch_sizes, f"{name}_{own}") for own, subject in subjects.items()}
+        if not self.target.is_host or len(subjects) < 2:
+            return {own: time() for own, time in alone.items()}
+        team, places = list(subjects.values()), {}
+        for number, subject in enumerate(subjects.values()):
+            original, *exported = self._references(subject.runtime, subject.threads)
+            team += [one for one in (original, *exported) if one not in team]
+            places[number] = [team.index(one) for one in (original, *exported)]
+        try:
+            inputs = [self._inputs(size) for size in batch_sizes]
+            comparisons = self._bench.compare(team, inputs, f"timing {name} in {', '.join(subjects)}")
+        except MeasureError:
+            return {own: time() for own, time in alone.items()}
+        found: dict[str, list[Timed]] = {own: [] for own in subjects}
+        for size, comparison in zip(batch_sizes, comparisons, strict=True):
+            for number, (own, subject) in enumerate(subjects.items()):
+                file, of = f"{name}_{own}_b{size}_t{subject.threads}", [number, *places[number]]
+                names = ["subject", *NAMES[: len(places[number])]]
+                comparison.save(self._run_folder / SAMPLES / f"{file}.npz", names, of)
+                timed = self._summary(comparison, number, places[number], size, file, subject.runtime)
+                found[own].append(timed)
+                if isinstance(timed.latency, Latency):
+                    self._timed[_file_hash(subject), subject.runtime, subject.threads, size] = timed
+        return found
 
     def _compare(self, subject: Contender, batch_sizes: Sequence[int], name: str) -> list[Timed]:
         team = [subject, *self._references(subject.runtime, subject.threads)]
