@@ -23,6 +23,8 @@ def test_the_outside_recipe_runs_from_its_folder(optpipe: Any, project: Path) ->
         "+recipe=clip_int8",
         "measure=quick",
         "measure.noise_limit=1000",
+        "measure.explain=false",
+        "tracking=none",
         "clip.limit=0.2",
         "target.threads=1",
         "target.batch_sizes=[1,2]",
