@@ -71,11 +71,13 @@ def to_onnx(
     """
     import onnx
 
+    from optpipe import torchlib
+
     if opset is None:
         opset = ATTENTION_OPSET if rewrite and _has_attention(program) else OPSET
     try:
         # it warns that there is no torchvision
-        with quiet("torch.onnx._internal.exporter._registration"), _views_of_copies(program):
+        with quiet("torch.onnx._internal.exporter._registration"), torchlib.built_once(), _views_of_copies(program):
             exported = torch.onnx.export(
                 program,
                 dynamo=True,
