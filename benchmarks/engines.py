@@ -33,7 +33,15 @@ def holds(network: str) -> bool:
     for number in range(1, REPEATS + 1):
         with tempfile.TemporaryDirectory() as folder:
             words = ["+recipe=edge_int8", f"model={network}", f"data={network}", STEPS, "benchmark=runtimes"]
-            command = [sys.executable, "-m", "optpipe", *words, "tracking=none", f"hydra.run.dir={folder}/run"]
+            command = [
+                sys.executable,
+                "-m",
+                "optpipe",
+                *words,
+                "tracking=none",
+                "store=none",
+                f"hydra.run.dir={folder}/run",
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             run = Path(folder) / "run"
             attempts, found = Report.read(run).stages[-1].attempts, manifest.read(run)

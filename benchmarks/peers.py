@@ -443,7 +443,7 @@ def time_once(
 def our_run(name: str, network: Network) -> Path:
     """The folder of the recipe's run on `network`; that of an earlier one, if it was of the same command."""
     folder = RESULTS / name / OURS
-    words = [f"+recipe={RECIPE}", *network.overrides, "tracking=none"]
+    words = [f"+recipe={RECIPE}", *network.overrides, "tracking=none", "store=none"]
     told = folder / "command.json"
     key = [*words, *versions(), _digest(_sources())]
     if not told.exists() or json.loads(told.read_text()) != key:

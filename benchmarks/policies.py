@@ -26,7 +26,7 @@ def main() -> int:
     kept = {}
     for policy, words in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            overrides = [*BREAKS, f"budget.policy={policy}", *words, "measure=quick", "tracking=none"]
+            overrides = [*BREAKS, f"budget.policy={policy}", *words, "measure=quick", "tracking=none", "store=none"]
             command = [sys.executable, "-m", "optpipe", "+recipe=edge_int8", *overrides, f"hydra.run.dir={folder}/run"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
             report = json.loads((Path(folder) / "run" / "report.json").read_text())

@@ -44,7 +44,12 @@ def main() -> int:
     if len(sys.argv) > 1:
         return judge(Path(sys.argv[1]))
     with tempfile.TemporaryDirectory() as folder:
-        words = ["+recipe=reasoner", f"benchmark.threads=[{','.join(map(str, THREADS))}]", "tracking=none"]
+        words = [
+            "+recipe=reasoner",
+            f"benchmark.threads=[{','.join(map(str, THREADS))}]",
+            "tracking=none",
+            "store=none",
+        ]
         words.append("measure.max_seconds=60")  # the original on every core of a machine is not a quiet thing to time
         command = [sys.executable, "-m", "optpipe", *words, f"hydra.run.dir={folder}/run"]
         subprocess.run(command, check=True)

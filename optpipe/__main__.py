@@ -111,7 +111,7 @@ def _show(report: Any, folder: Path) -> int:
     from optpipe.report import console
 
     console.show(console.table(report))
-    for said in (console.tried, console.missing, console.disturbed, console.forecast):
+    for said in (console.tried, console.missing, console.disturbed, console.forecast, console.reused):
         print("".join(f"{line}\n" for line in said(report)), end="")
     print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
     if (page := folder / "report.html").exists():

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from optpipe import contest
+from optpipe.artifact import Artifact
 from optpipe.contest import Entrant
 from optpipe.context import Benchmarks
-from optpipe.forms import form_of
 from optpipe.judge import Judge
 from optpipe.measure import quality
 from optpipe.report import Attempt, NotMeasured, StageResult, figures
@@ -70,11 +70,11 @@ def refusal(judge: Judge, entrant: Entrant, state: State, original: Entrant | No
             return lost
     if original is None:
         return ""
-    if state.hash == before.hash:
+    if state.artifact.hash == before.artifact.hash:
         return "it changed nothing"
 
     def gains_quality() -> bool:
-        ours, theirs = judge.measurer.validation(state.model), judge.measurer.validation(before.model)
+        ours, theirs = judge.measurer.validation(state.artifact), judge.measurer.validation(before.artifact)
         return quality.drop_interval(ours, theirs)[1] < 0
 
     return contest.shortcoming(entrant, original, judge.margin, gains_quality)
@@ -89,11 +89,10 @@ def choose_engine(
 
     key, folder, result: of the step that asks.
     """
-    form = form_of(model)
-    assert form is not None
+    artifact = Artifact.save(model, folder)
     entrants: dict[str, Entrant] = {}
-    for name, measurement in judge.measurer.engines(model, folder, names).items():
-        state = State(model, form, folder, form.content_hash(model), measurement, results=0, engine=name)
+    for name, measurement in judge.measurer.engines(artifact, names).items():
+        state = State(artifact, measurement, results=0, engine=name)
         if measurement.headline() is None or isinstance(measurement.quality, NotMeasured):
             lost = measurement.latency if measurement.headline() is None else measurement.quality
             reason = lost.not_measured if isinstance(lost, NotMeasured) else "it was not timed at batch 1"

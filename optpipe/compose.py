@@ -42,6 +42,7 @@ from optpipe.plan import (
     steps_of,
 )
 from optpipe.runtimes import RUNTIMES, installed_for, missing, setting_problems
+from optpipe.store import Settings as StoreSettings
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -55,6 +56,7 @@ SCHEMAS: dict[str, type] = {
     "budget": Budget,
     "measure": Measure,
     "tracking": Tracking,
+    "store": StoreSettings,
 }
 SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax"}
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
@@ -287,6 +289,7 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
         budget=settings["budget"],
         measure=settings["measure"],
         tracking=settings["tracking"],
+        store=settings["store"],
         model=settings["model"],
         data=settings["data"],
         seed=seed,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optpipe.progress import track
-from optpipe.report.schema import Attempt, NotMeasured
+from optpipe.report.schema import Attempt, Callers, Latency, Measurement, NotMeasured, Sustained, Table
 from optpipe.target import Target
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from optpipe.measure.measurer import Measurer
-    from optpipe.report import Callers, Latency, Measurement, Sustained, Table
     from optpipe.task import Task
 
 T = TypeVar("T")
@@ -64,6 +63,12 @@ class Context:
     attempts: list[Attempt] = field(default_factory=list)
     precisions: list[str] = field(default_factory=list)
     choose_engine: Callable[[Any, Sequence[str], Benchmarks], None] | None = None
+    partial: Path | None = None  # a folder that outlives a run which is killed, if there is one
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where to keep the state of a training while it goes on."""
+        return self.partial or self.dir
 
     def record(self, **facts: Any) -> None:
         """Keep facts for the report: numbers, strings, or lists of them."""

@@ -45,6 +45,14 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """What figures of this machine depend on, and its load does not change: equal where they can be used again."""
+    here = environment()
+    names = (*NEEDED, *COMPARED, "turbo", "gpu", "onnxruntime_build")
+    versions = {name: here["versions"][name] for name in ("python", *COMPARED_PACKAGES)}
+    return {**{name: here[name] for name in names}, "versions": versions}
+
+
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """What makes latencies measured in environments `a` and `b` no comparison of two models, in words.
 

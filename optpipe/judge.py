@@ -42,9 +42,9 @@ class Judge:
         assert self.baseline is not None
         points = self.measurer.task.metric.unit == "fraction"
         unit, scale = (" points on validation", 100.0) if points else (" on validation", 1.0)
-        if state.hash == self.baseline[0] and not state.engine:
+        if state.artifact.hash == self.baseline[0] and not state.engine:
             return replace(Estimate.exact(0.0), unit=unit, scale=scale)
-        ours, theirs = self.measurer.validation(state.model, state.engine), self.measurer.validation_baseline
+        ours, theirs = self.measurer.validation(state.artifact, state.engine), self.measurer.validation_baseline
         return Estimate(
             ours.drop_from(theirs),
             quality.drop_interval(ours, theirs),

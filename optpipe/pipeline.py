@@ -1,13 +1,12 @@
-"""The loop. For every step: run → save and load back → parity → measure → record → judge by the budget."""
+"""The loop. For every step: look up, or run → save and load back → parity; then measure → record → judge."""
 
 from __future__ import annotations
 
-import copy
+import functools
 import itertools
 import shutil
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from torch.export import ExportedProgram
 
 from optpipe import alternatives, manifest, parity
 from optpipe.alternatives import Branch
+from optpipe.artifact import Artifact
 from optpipe.budget import Policy
 from optpipe.contest import Entrant
 from optpipe.context import Benchmarks, Context
 from optpipe.divergence import first_divergence
 from optpipe.errors import OptpipeError, StageError
 from optpipe.fingerprint import environment
-from optpipe.forms import SPOKEN, ExportedFile, form_of
+from optpipe.forms import SPOKEN, ExportedFile
 from optpipe.judge import Judge
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure.latency import Bench
@@ -34,8 +34,10 @@ from optpipe.progress import log, say
 from optpipe.rehearsal import Forecast, Forecasts, Rehearsal
 from optpipe.report import Attempt, BudgetReport, Final, NotMeasured, Report, StageResult
 from optpipe.report.page import write_page
+from optpipe.reuse import Outcome, Place, Reuse
 from optpipe.runtimes import engine_of
 from optpipe.state import State
+from optpipe.store import Key, open_store
 from optpipe.task import Inputs, Task
 from optpipe.tracking import Tracker
 
@@ -79,6 +81,7 @@ def run(
             report.overhead_seconds = report.seconds - known
             _write(report, folder)
             tracker.finish(report, folder)
+            loop.reuse.store.close()
     return report
 
 
@@ -100,7 +103,8 @@ class Loop:
         self.plan, self.task, self.folder, self.tracker, self.report = plan, task, folder, tracker, report
         baseline_folder = folder / "00_baseline"
         baseline_folder.mkdir(parents=True, exist_ok=True)
-        self.measurer = Measurer(task, plan.target, plan.measure, folder, bench)
+        self.reuse = Reuse(open_store(plan.store), plan, task, folder)
+        self.measurer = Measurer(task, plan.target, plan.measure, folder, bench, self.reuse)
         self.judge = Judge(plan.budget, self.measurer)
         self.baseline = model
         if isinstance(model, nn.Module):
@@ -114,9 +118,11 @@ class Loop:
 
     def run(self) -> None:
         """The whole control flow of the product."""
+        baseline = Artifact.save(self.baseline, self.folder / "00_baseline")
+        self.reuse.begin(baseline.hash, self.baseline)
         if self.plan.is_rehearsed:
-            self._rehearse()
-        self.states = [self._measure_baseline()]
+            self._rehearse(baseline)
+        self.states = [self._measure_baseline(baseline)]
         while len(self.states) <= len(self.plan.entries):
             self.number = len(self.states)
             entry, before = self.plan.entries[self.number - 1], self.states[-1]
@@ -124,14 +130,24 @@ class Loop:
                 after = self._choose(entry, before)
             else:
                 after = self._step(self._as_relaxed(entry), before, self._dir(entry))
-            self.states[-1:] = [replace(before, model=None), after]
+            self.states[-1:] = [before.unloaded(), after]
             self._judge(entry)
         self._finish(self.states[-1])
 
-    def _rehearse(self) -> None:
+    def _rehearse(self, baseline: Artifact) -> None:
+        """The whole chain, unless nothing is left to train or the same was rehearsed before, by itself or as asked."""
         rehearsal, begin = Rehearsal(self.plan, self.task, self.folder, self.measurer), time.perf_counter()
+        place = Place(baseline.form.NAME, baseline.hash)
+        if self.plan.rehearse is None and not self.reuse.trains(place):
+            return
+        key = self.reuse.rehearsal()
         try:
-            self.forecasts = rehearsal.run(self.baseline)
+            with self.reuse.alone(key):
+                if self.plan.rehearse is None and (known := self.reuse.forecasts(key)) is not None:
+                    self.forecasts = known
+                    return
+                self.forecasts = rehearsal.run(self.baseline)
+                self.reuse.keep_forecasts(key, self.forecasts)
         except OptpipeError:
             if rehearsal.failed:
                 self.report.stages.append(rehearsal.failed)
@@ -140,21 +156,15 @@ class Loop:
         finally:
             self.report.rehearsal_seconds = time.perf_counter() - begin
 
-    def _measure_baseline(self) -> State:
+    def _measure_baseline(self, baseline: Artifact) -> State:
         say("[0] baseline …")
-        measurement = self.measurer.baseline(self.baseline)
+        measurement = self.measurer.baseline(baseline)
         self.report.baseline = measurement
         self.tracker.baseline(measurement)
-        current, folder = form_of(self.baseline), self.folder / "00_baseline"
-        assert current is not None
         if isinstance(self.baseline, nn.Module):
-            model = copy.deepcopy(self.baseline)
             self.baseline.requires_grad_(False)
-        else:
-            model = current.load(folder)
-        state = State(model, current, folder, current.content_hash(model), measurement, results=0)
-        self.judge.baseline = state.hash, measurement
-        return state
+        self.judge.baseline = baseline.hash, measurement
+        return State(baseline, measurement, results=0)
 
     def _as_relaxed(self, step: Step) -> Step:
         """`step` with the settings that are to be tried now."""
@@ -203,7 +213,6 @@ class Loop:
                 self.given_up_seconds += result.seconds
             del self.report.stages[self.states[index].results :]
             del self.states[index + 1 :]
-            self.states[-1] = self.states[-1].reloaded()
             return True
         return False
 
@@ -211,7 +220,7 @@ class Loop:
         """Go on from the last accepted model; False if the next step could not take its form."""
         index = next(i for i in range(len(self.states) - 2, -1, -1) if self.states[i].is_accepted)
         accepted = self.states[index]
-        if accepted.form is not self.states[-1].form:
+        if accepted.artifact.form is not self.states[-1].artifact.form:
             say(f"  '{self.plan.entries[self.number - 1].key}' changed the model's form and cannot be rolled back")
             return False
         dropped = self.report.stages[accepted.results :]
@@ -222,7 +231,7 @@ class Loop:
         names = ", ".join(f"'{result.key}'" for result in dropped)
         say(f"  over budget: {said}; rolled back {names}")
         past = replace(accepted, results=len(self.report.stages))
-        self.states[index + 1 :] = [past] * (len(self.states) - index - 2) + [past.reloaded()]
+        self.states[index + 1 :] = [past] * (len(self.states) - index - 1)
         return True
 
     def _step(self, step: Step, before: State, folder: Path) -> State:
@@ -231,7 +240,7 @@ class Loop:
         folder.mkdir(parents=True)
         forecast = self.forecasts.get((step.key, step.settings), Forecast())
         result = StageResult(
-            key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.form.NAME,
+            key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.artifact.form.NAME,
             measurement=NotMeasured("the stage failed"), attempts=list(self.tries.get(step.key, [])),
             predicted_seconds=forecast.seconds, predicted_peak_memory_bytes=forecast.peak_memory_bytes,
         )  # fmt: skip
@@ -258,34 +267,44 @@ class Loop:
         return after
 
     def _run_and_measure(self, step: Step, before: State, folder: Path, result: StageResult) -> State:
-        ctx = self._context(step, before, folder, result)
+        given, found = before.artifact, self._outcome(step, before, folder, result)
+        artifact, benchmarks = found.artifact, found.benchmarks
+        result.form = artifact.form.NAME
+        unchanged = artifact.hash == given.hash
+        engine = before.engine if artifact.form is given.form else ""
+        measurement = before.measurement if unchanged else self.measurer.measure(artifact, engine, explain=True)
+        result.measurement = benchmarks.added_to(measurement)
+        result.status = "unchanged" if unchanged and not benchmarks else "ok"
+        return State(artifact, result.measurement, len(self.report.stages), benchmarks.engine or engine)
+
+    def _outcome(self, step: Step, before: State, folder: Path, result: StageResult) -> Outcome:
+        """What the stage gives: taken from the store, or computed and kept there, by one process at a time."""
+        key, tries = self.reuse.step(step, before.place), len(result.attempts)
+        with self.reuse.alone(key):
+            begin = time.perf_counter()
+            if found := self.reuse.take(key, folder, result):
+                result.seconds = time.perf_counter() - begin
+            else:
+                found = self._run(step, before, folder, result, key)
+                self.reuse.keep(key, folder, result, found, tries)
+        return found
+
+    def _run(self, step: Step, before: State, folder: Path, result: StageResult, key: Key | None) -> Outcome:
+        given, ctx = before.artifact, self._context(step, before, folder, result, self.reuse.partial(key))
+        model = given.fresh()
         begin, measured = time.perf_counter(), self.measurer.seconds
         try:
             with machine_lock().working(), peak_memory() as peak:
-                model = step.stage.run(before.model, ctx)
+                model = step.stage.run(model, ctx)
             result.peak_memory_bytes = peak.bytes
         finally:
             result.seconds = time.perf_counter() - begin - (self.measurer.seconds - measured)
-        after_form = step.form_after(before.form.NAME, model)
-        after_form.save(model, folder)
-        model = after_form.load(folder)
-        result.form = after_form.NAME
-        if after_form is not before.form:
-            reference = before.reloaded().model  # the stage may have changed the one that it was given
-            same = self._parity(reference, model, parity.coarsest(parity.precision(reference), *ctx.precisions))
-            result.notes.append(same.note())
-        content = after_form.content_hash(model)
-        unchanged = content == before.hash
-        engine = before.engine if after_form is before.form else ""
-        measurement = before.measurement if unchanged else self.measurer.measure(model, folder, engine)
-        timed = measurement.headline()
-        if timed and not unchanged and timed.verdict_same_runtime != "faster":
-            measurement = self.measurer.explained(measurement, model, folder)
-        measurement = ctx.benchmarks.added_to(measurement)
-        result.measurement = measurement
-        result.status = "unchanged" if unchanged and not ctx.benchmarks else "ok"
-        engine = ctx.benchmarks.engine or engine
-        return State(model, after_form, folder, content, measurement, results=len(self.report.stages), engine=engine)
+        step.form_after(given.form.NAME, model)
+        artifact = Artifact.save(model, folder)
+        if artifact.form is not given.form:
+            precision = parity.coarsest(parity.precision(given.model), *ctx.precisions)
+            result.notes.append(self._parity(given.model, artifact.model, precision).note())
+        return Outcome(artifact, ctx.benchmarks)
 
     def _parity(self, before: Any, after: Any, precision: str) -> parity.Parity:
         def locate(inputs: Inputs, tolerance: float) -> str:
@@ -296,7 +315,7 @@ class Loop:
         with self.measurer.evaluating(before) as expected, self.measurer.evaluating(after) as found:
             return parity.check(expected, found, self.task, precision=precision, locate=locate)
 
-    def _context(self, step: Step, before: State, folder: Path, result: StageResult) -> Context:
+    def _context(self, step: Step, before: State, folder: Path, result: StageResult, partial: Path | None) -> Context:
         seed = self.plan.seed_of(step.key)
         torch.manual_seed(seed)
         torch.set_num_threads(usable_cores())
@@ -313,7 +332,8 @@ class Loop:
             tables=result.tables,
             attempts=result.attempts,
             benchmarks=Benchmarks(engine=before.engine),
-            choose_engine=partial(alternatives.choose_engine, step.key, folder, result, self.judge),
+            choose_engine=functools.partial(alternatives.choose_engine, step.key, folder, result, self.judge),
+            partial=partial,
         )
 
     def _choose(self, choice: Choice, before: State) -> State:
@@ -323,9 +343,10 @@ class Loop:
         whether they did. Such a branch is taken where no other holds the limit.
         """
         folder, kept = self._dir(choice), len(self.report.stages)
-        keeps_form = forms_along([choice], before.form.NAME)[0][2] == {before.form.NAME}
+        current = before.artifact.form.NAME
+        keeps_form = forms_along([choice], current)[0][2] == {current}
         competes = choice.how == "best_of" and keeps_form
-        original = self.judge.entrant(choice.key, self._as_entrant(before, folder)) if competes else None
+        original = self.judge.entrant(choice.key, self._as_entrant(before)) if competes else None
         branches: list[Branch] = []
         for number, steps in enumerate(choice.branches, 1):
             branch = self._branch(choice, steps, before, original, [folder / f"{number}_{step.key}" for step in steps])
@@ -358,11 +379,12 @@ class Loop:
     ) -> Branch:
         """One branch of `choice`, run on a model of its own; its results are left at the end of the report's."""
         first, branch = len(self.report.stages), Branch(method_of(steps))
-        state = before.reloaded()
+        state = before
         try:
             for step, folder in zip(steps, folders, strict=True):
                 state = self._step(step, state, folder)
-            entrant = original if original and state.hash == before.hash else self.judge.entrant(choice.key, state)
+            is_same = original and state.artifact.hash == before.artifact.hash
+            entrant = original if original and is_same else self.judge.entrant(choice.key, state)
             branch.state, branch.entrant = state, entrant
             branch.refused = alternatives.refusal(self.judge, entrant, state, original, before)
         except StageError as error:
@@ -370,21 +392,19 @@ class Loop:
         branch.results = self.report.stages[first:]
         return branch
 
-    def _as_entrant(self, before: State, folder: Path) -> State:
+    def _as_entrant(self, before: State) -> State:
         """`before`, measured as its branches are: the model as it came in, too, in the target's runtime."""
-        if before.hash != self.states[0].hash:
+        if before.artifact.hash != self.states[0].artifact.hash:
             return before
         say("  the model before the alternatives …")
-        own = folder / "0_before"
-        own.mkdir(parents=True)
-        return replace(before, measurement=self.measurer.measure(before.model, own))
+        return replace(before, measurement=self.measurer.measure(before.artifact))
 
     def _unchanged(self, choice: Choice, before: State, original: Entrant, attempts: list[Attempt]) -> State:
         """Nothing is better than the model before the choice: it goes on."""
         said = f"no alternative of {choice.how} is better than the model before it, which goes on: {original.said()}"
         say(f"  {said}")
         result = StageResult(
-            key=choice.key, stage=choice.how, status="unchanged", seconds=0.0, form=before.form.NAME,
+            key=choice.key, stage=choice.how, status="unchanged", seconds=0.0, form=before.artifact.form.NAME,
             measurement=before.measurement, attempts=attempts, notes=[said],
         )  # fmt: skip
         self.report.stages.append(result)
@@ -405,22 +425,24 @@ class Loop:
         self.report.stages.extend(tried)
         if self.plan.budget.policy in (Policy.rollback, Policy.relax) and keeps_form:
             say(f"  {said}; rolled back")
-            return replace(before.reloaded(), results=len(self.report.stages))
+            return replace(before, results=len(self.report.stages))
         if not keeps_form:
-            after = forms_along([choice], before.form.NAME)[0][2]
+            current = before.artifact.form.NAME
+            after = forms_along([choice], current)[0][2]
             said += (
-                f"; the model before them cannot go on in their place, since they turn {SPOKEN[before.form.NAME]} into "
+                f"; the model before them cannot go on in their place, since they turn {SPOKEN[current]} into "
                 f"{spoken(after)}: choose among steps that keep the form, and trace and export after them"
             )
         raise StageError(said)
 
     def _finish(self, state: State) -> None:
-        engine = state.engine or engine_of(state.form.NAME, self.plan.target.runtime)
-        folder = manifest.deploy(state.model, state.form.NAME, self.folder, self.plan.target, engine, self.task)
-        artifact = state.form.files(folder)[0]
-        measurement = self.measurer.final(state.measurement, state.model, folder, engine)
-        self.report.final = Final(artifact=f"{manifest.FOLDER}/{artifact.name}", measurement=measurement)
-        self.measurer.save_quality(state.model, engine)
+        form = state.artifact.form
+        engine = state.engine or engine_of(form.NAME, self.plan.target.runtime)
+        folder = manifest.deploy(state.artifact.model, form.NAME, self.folder, self.plan.target, engine, self.task)
+        deployed = replace(state.artifact, folder=folder)
+        measurement = self.measurer.final(state.measurement, deployed, engine)
+        self.report.final = Final(artifact=f"{manifest.FOLDER}/{form.files(folder)[0].name}", measurement=measurement)
+        self.measurer.save_quality(deployed, engine)
         checks = self.judge.checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
         self.report.budget.checks += checks
         self.report.budget.violations = self.broken + [check.said for check in checks if not check.holds]

@@ -20,6 +20,7 @@ from optpipe.registry import Stage, StageInfo
 from optpipe.runtimes import RUNTIMES
 from optpipe.schedule import Schedule
 from optpipe.sources import Data, Model
+from optpipe.store import Settings as StoreSettings
 from optpipe.target import Target
 from optpipe.tracking import Tracking
 
@@ -90,6 +91,7 @@ class Plan:
     budget: Budget
     measure: Measure
     tracking: Tracking
+    store: StoreSettings
     model: Model
     data: Data
     seed: int

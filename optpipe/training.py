@@ -67,7 +67,9 @@ class History:
         """
         ctx.record(epochs=len(self.losses), losses=self.losses, epoch_seconds=self.seconds)
         if self.continued_after:
-            ctx.note(f"went on after epoch {self.continued_after}, from the checkpoint in {checkpoint or ctx.dir}")
+            ctx.note(
+                f"went on after epoch {self.continued_after}, from the checkpoint in {checkpoint or ctx.checkpoints}"
+            )
         elif checkpoint:
             ctx.note(f"the training began anew: there was no state of one in {checkpoint}")
         if self.scales:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
+from optpipe.artifact import Artifact
 from optpipe.measure import explain
 from optpipe.measure.inspect import Inspection, Node, inspect
 from optpipe.measure.latency import Bench
@@ -200,10 +201,10 @@ def test_a_measurement_gets_its_findings_and_slowest_operators(tmp_path: Path, s
         made.mkdir()
     with Bench(settings, tmp_path / "logs") as bench:
         measurer = Measurer(small_task, Target(), settings, tmp_path, bench)
-        untimed = measurer.baseline(model)
-        measurement = no_faster(measurer.measure(model, folder))
-        explained = measurer.explained(measurement, model, folder)
-        assert measurer.explained(untimed, model, folder) == untimed  # runs in PyTorch, which has no such profile
+        untimed, saved = measurer.baseline(Artifact.save(model, tmp_path / "00_baseline")), Artifact.save(model, folder)
+        measurement = no_faster(measurer.measure(saved))
+        explained = measurer.explained(measurement, saved)
+        assert measurer.explained(untimed, saved) == untimed  # runs in PyTorch, which has no such profile
     assert causes(explained.findings)[:2] == ["same_graph", "call_overhead"]  # nothing was done to it, and it is tiny
     assert [operator.ms for operator in explained.operators] == sorted(
         (operator.ms for operator in explained.operators), reverse=True
@@ -219,9 +220,10 @@ def test_figures_belong_to_the_model_not_to_its_folder(tmp_path: Path, small_tas
     wide = nn.Sequential(nn.Linear(8, 4096), nn.ReLU(), nn.Linear(4096, 2)).eval()
     with Bench(settings, tmp_path / "logs") as bench:
         measurer = Measurer(small_task, Target(), settings, tmp_path, bench)
-        measurer.baseline(small_model())
-        small, large = measurer.measure(small_model(), folder), measurer.measure(wide, folder)
-        assert measurer.explained(small, small_model(), folder) == small  # nobody asked
+        measurer.baseline(Artifact.save(small_model(), tmp_path / "00_baseline"))
+        narrow = Artifact.save(small_model(), folder)
+        small, large = measurer.measure(narrow), measurer.measure(Artifact.save(wide, folder))
+        assert measurer.explained(small, narrow) == small  # nobody asked
     assert isinstance(small.size_bytes, int) and isinstance(large.size_bytes, int)
     assert large.size_bytes > 10 * small.size_bytes
     assert small.latency != large.latency
@@ -233,6 +235,7 @@ def test_noise_takes_the_times_but_not_the_memory(tmp_path: Path, small_task: Ta
     )
     (tmp_path / "00_baseline").mkdir()
     with Bench(settings, tmp_path / "logs") as bench:
-        baseline = Measurer(small_task, Target(), settings, tmp_path, bench).baseline(small_model())
+        saved = Artifact.save(small_model(), tmp_path / "00_baseline")
+        baseline = Measurer(small_task, Target(), settings, tmp_path, bench).baseline(saved)
     assert isinstance(baseline.latency, NotMeasured) and "the machine is too noisy" in baseline.latency.not_measured
     assert isinstance(baseline.peak_memory_bytes, int) and baseline.peak_memory_bytes > baseline.size_bytes > 0

@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 from optpipe import lower
+from optpipe.artifact import Artifact
 from optpipe.errors import StageError
-from optpipe.forms import SPOKEN, compressed_bytes, form, form_of
+from optpipe.forms import SPOKEN, Form, compressed_bytes, form, form_of
 from optpipe.machine import machine_lock
 from optpipe.measure import child, energy, explain, quality, roofline
 from optpipe.measure.inspect import Inspection, inspect
@@ -32,6 +33,9 @@ from optpipe.report import Callers, Latency, Measurement, NotMeasured, Quality, 
 from optpipe.runtimes import IN_PROCESS, RUNTIMES, all_threads, as_model, engine_of, make_runner, runtime
 from optpipe.target import Target
 from optpipe.task import Inputs, Split, Task, batch_of
+
+if TYPE_CHECKING:
+    from optpipe.reuse import Reuse
 
 T = TypeVar("T")
 
@@ -66,13 +70,22 @@ class Measurer:
 
     run_folder: the run's; `00_baseline` in it holds the saved baseline and the batches that are timed, `samples` the
     time of every call.
+    reuse: what was measured before and need not be again; without it everything is measured.
     seconds: time spent on measuring and previews so far.
     """
 
-    def __init__(self, task: Task, target: Target, settings: Measure, run_folder: Path, bench: Bench) -> None:
+    def __init__(
+        self,
+        task: Task,
+        target: Target,
+        settings: Measure,
+        run_folder: Path,
+        bench: Bench,
+        reuse: Reuse | None = None,
+    ) -> None:
         self.task, self.target, self.settings = task, target, settings
         self.seconds = 0.0
-        self._run_folder, self._folder, self._bench = run_folder, run_folder / "00_baseline", bench
+        self._run_folder, self._folder, self._bench, self._reuse = run_folder, run_folder / "00_baseline", bench, reuse
         self._timed: dict[tuple[Any, ...], Timed] = {}
         self._seen: dict[str, Inspection] = {}  # by the content of the file
         self._baseline = Contender(self._folder, "torch", target.threads)
@@ -80,74 +93,94 @@ class Measurer:
         self._reference: dict[Split, Predictions] = {}
         self._judged: dict[tuple[str, str, Split], Predictions] = {}  # the latest, by the content of the model
 
-    def baseline(self, model: Any) -> Measurement:
-        """Measure `model` as it came in, and exported unoptimised to the target's runtime; the rest compares to it."""
-        with self._clock():
-            current = form_of(model)
-            assert current is not None
-            self._baseline = replace(self._as_it_is(self._folder, current.NAME, self.target.threads), options={})
-            if self.target.is_host:  # imported while the model is judged and exported
-                self._bench.prepare(list(dict.fromkeys([self._baseline.runtime, self.target.runtime])))
-            current.save(model, self._folder)
-            self._reference = {"test": self._predict(model, "test"), "validation": self._predict(model, "validation")}
-            eager, *others = self._baseline_against_itself()
-            timed = [entry.latency for entry in (eager, *others)]
-            lost = next((latency for latency in timed if isinstance(latency, NotMeasured)), None)
-            return Measurement(
-                size_bytes=current.size_bytes(self._folder),
-                compressed_bytes=compressed_bytes(current, self._folder),
-                quality=self._quality(self._reference["test"]),
-                latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
-                peak_memory_bytes=eager.peak_memory_bytes,
-                threads=self.target.threads,
-            )
+    def baseline(self, artifact: Artifact) -> Measurement:
+        """Measure the model as it came in, saved in `00_baseline`, and exported unoptimised to the target's runtime.
 
-    def measure(self, model: Any, folder: Path, engine: str = "") -> Measurement:
-        """Figures of `model`, whose form was saved to `folder`, in `engine` or the one that will run it.
-
-        Size and latency of a preview if it is no file yet.
+        Everything that is measured later is compared with it.
         """
         with self._clock():
-            size: int | NotMeasured
-            compressed: int | NotMeasured
-            preview = False
-            try:
-                if self._is_previewed(model) and not self.settings.previews:
-                    raise StageError("measure.previews=false")
-                contender, preview = self._contender(model, folder, self.target.threads, engine)
-                (timed,) = self._time(contender, [1], folder.name)
-                shipped = form(contender.form)
-                size = shipped.size_bytes(contender.folder)
-                compressed = compressed_bytes(shipped, contender.folder)
-            except StageError as error:
-                timed = Timed.nothing(f"no preview of this model was exported: {error}")
-                size = compressed = NotMeasured(f"no preview of this model was exported: {error}")
-            return Measurement(
-                size_bytes=size,
-                compressed_bytes=compressed,
-                quality=self._quality(self._predict(model, "test", engine)),
-                latency=timed.latencies(preview=preview),
-                peak_memory_bytes=timed.peak_memory_bytes,
-                threads=self.target.threads,
-            )
+            as_it_came = self._as_it_is(self._folder, artifact.form.NAME, self.target.threads)
+            self._baseline, self._original = replace(as_it_came, options={}), artifact
+            return self._figures("baseline", {}, lambda: self._measured_baseline(artifact))
 
-    def validation(self, model: Any, engine: str = "") -> Predictions:
-        """`model` on the validation split, which limits are judged on; in `engine`, or the one that will run it."""
+    def _measured_baseline(self, artifact: Artifact) -> Measurement:
+        if self.target.is_host:  # imported while the model is judged and exported
+            self._bench.prepare(list(dict.fromkeys([self._baseline.runtime, self.target.runtime])))
+        self._reference_of("test"), self._reference_of("validation")
+        eager, *others = self._baseline_against_itself()
+        timed = [entry.latency for entry in (eager, *others)]
+        lost = next((latency for latency in timed if isinstance(latency, NotMeasured)), None)
+        return Measurement(
+            size_bytes=artifact.form.size_bytes(self._folder),
+            compressed_bytes=compressed_bytes(artifact.form, self._folder),
+            quality=self._quality(self._reference_of("test")),
+            latency=lost or [latency for latency in timed if isinstance(latency, Latency)],
+            peak_memory_bytes=eager.peak_memory_bytes,
+            threads=self.target.threads,
+        )
+
+    def measure(self, artifact: Artifact, engine: str = "", *, explain: bool = False) -> Measurement:
+        """Figures of a model in `engine` or the one that will run it; size and latency of a preview if it is no file.
+
+        explain: look for what keeps it from being faster, where it is not.
+        """
         with self._clock():
-            return self._predict(model, "validation", engine)
+            what = {"hash": artifact.hash, "form": artifact.form.NAME, "engine": engine, "explain": explain}
+            return self._figures("model", what, lambda: self._measured(artifact, engine, explain))
+
+    def _measured(self, artifact: Artifact, engine: str, explain: bool) -> Measurement:
+        size: int | NotMeasured
+        compressed: int | NotMeasured
+        preview = False
+        try:
+            if self._is_previewed(artifact.form) and not self.settings.previews:
+                raise StageError("measure.previews=false")
+            contender, preview = self._contender(artifact, self.target.threads, engine)
+            (timed,) = self._time(contender, [1], artifact.folder.name)
+            shipped = form(contender.form)
+            size = shipped.size_bytes(contender.folder)
+            compressed = compressed_bytes(shipped, contender.folder)
+        except StageError as error:
+            timed = Timed.nothing(f"no preview of this model was exported: {error}")
+            size = compressed = NotMeasured(f"no preview of this model was exported: {error}")
+        found = Measurement(
+            size_bytes=size,
+            compressed_bytes=compressed,
+            quality=self._quality(self._predict(artifact, "test", engine)),
+            latency=timed.latencies(preview=preview),
+            peak_memory_bytes=timed.peak_memory_bytes,
+            threads=self.target.threads,
+        )
+        headline = found.headline()
+        if explain and headline and headline.verdict_same_runtime != "faster":
+            return self._explained(found, artifact)
+        return found
+
+    def validation(self, artifact: Artifact, engine: str = "") -> Predictions:
+        """A model on the validation split, which limits are judged on; in `engine`, or the one that will run it."""
+        with self._clock():
+            return self._predict(artifact, "validation", engine)
 
     @property
     def validation_baseline(self) -> Predictions:
         """The baseline on the validation split."""
-        return self._reference["validation"]
+        with self._clock():
+            return self._reference_of("validation")
 
-    def save_quality(self, model: Any, engine: str = "") -> None:
-        """Keep how the baseline and `model`, the run's result, did on each test sample, in the run's folder."""
+    def _reference_of(self, split: Split) -> Predictions:
+        """The baseline on `split`."""
+        if split not in self._reference:
+            self._reference[split] = self._predict(self._original, split)
+        return self._reference[split]
+
+    def save_quality(self, artifact: Artifact, engine: str = "") -> None:
+        """Keep how the baseline and the run's result did on each test sample, in the run's folder."""
         with self._clock():
             folder = self._run_folder / QUALITY
             folder.mkdir(exist_ok=True)
-            np.savez(folder / "baseline.npz", **self._reference["test"].arrays())  # type: ignore[arg-type]
-            np.savez(folder / "final.npz", **self._predict(model, "test", engine).arrays())  # type: ignore[arg-type]
+            ours, theirs = self._predict(artifact, "test", engine), self._reference_of("test")
+            np.savez(folder / "baseline.npz", **theirs.arrays())  # type: ignore[arg-type]
+            np.savez(folder / "final.npz", **ours.arrays())  # type: ignore[arg-type]
 
     def latencies(
         self, model: Any, folder: Path, batch_sizes: Sequence[int], threads: Sequence[int], engine: str = ""
@@ -155,8 +188,9 @@ class Measurer:
         """`model` on a grid, in `engine` or the one that will run it, against the baseline at each point."""
         with self._clock():
             found: list[Latency | NotMeasured] = []
+            artifact = Artifact.save(model, folder)  # a stage may have changed it since it was given it
             for count in threads:
-                contender, preview = self._saved(model, folder, count, engine)
+                contender, preview = self._contender(artifact, count, engine)
                 for size, timed in zip(batch_sizes, self._time(contender, batch_sizes, folder.name), strict=True):
                     if isinstance(timed.latency, NotMeasured):
                         found.append(NotMeasured(f"batch {size}, {count} thread(s): {timed.latency.not_measured}"))
@@ -164,19 +198,17 @@ class Measurer:
                         found.append(replace(timed.latency, preview=preview))
             return found
 
-    def engines(self, model: Any, folder: Path, names: Sequence[str]) -> dict[str, Measurement]:
-        """`model`, a file, in each engine of `names`: time at the target's batch sizes, quality, memory."""
+    def engines(self, artifact: Artifact, names: Sequence[str]) -> dict[str, Measurement]:
+        """A file in each engine of `names`: time at the target's batch sizes, quality, memory."""
         with self._clock():
-            current, sizes = form_of(model), sorted({1, *self.target.batch_sizes})
-            assert current is not None
-            current.save(model, folder)
+            current, folder, sizes = artifact.form, artifact.folder, sorted({1, *self.target.batch_sizes})
             subjects = {name: self._as_it_is(folder, current.NAME, self.target.threads, name) for name in names}
             timed = self._time_together(subjects, sizes, folder.name)
             found = {}
             for name in names:
                 first, *more = timed[name]
                 try:
-                    judged: Quality | NotMeasured = self._quality(self._predict(model, "test", name))
+                    judged: Quality | NotMeasured = self._quality(self._predict(artifact, "test", name))
                 except StageError as error:
                     judged = NotMeasured(str(error))
                 found[name] = Measurement(
@@ -192,65 +224,74 @@ class Measurer:
     def callers(self, model: Any, folder: Path, counts: Sequence[int], engine: str = "") -> list[Callers]:
         """`model` at batch 1 under several threads that call it at once."""
         with self._clock():
-            contender, _ = self._saved(model, folder, self.target.threads, engine)
+            contender, _ = self._contender(Artifact.save(model, folder), self.target.threads, engine)
             return self._bench.callers(contender, self._inputs(1), 1, counts)
 
     def sustained(self, model: Any, folder: Path, seconds: float, engine: str = "") -> Sustained:
         """`model` at batch 1, called for `seconds` without a pause."""
         with self._clock():
-            contender, _ = self._saved(model, folder, self.target.threads, engine)
+            contender, _ = self._contender(Artifact.save(model, folder), self.target.threads, engine)
             return self._bench.sustained(contender, self._inputs(1), seconds)
 
-    def explained(self, measurement: Measurement, model: Any, folder: Path) -> Measurement:
-        """`measurement` of `model`, saved in `folder`, with the slowest operators and what keeps it from being faster.
+    def explained(self, measurement: Measurement, artifact: Artifact) -> Measurement:
+        """`measurement` of a model with the slowest operators and what keeps it from being faster.
 
         The same with measure.explain=false, where the target's runtime shows no profile of its own, and where nothing
         can be run on this machine.
         """
+        with self._clock():
+            return self._explained(measurement, artifact)
+
+    def _explained(self, measurement: Measurement, artifact: Artifact) -> Measurement:
         timed = measurement.headline()
         if timed is None or timed.runtime != "onnxruntime" or not self.settings.explain:
             return measurement
-        with self._clock():
-            contender, _ = self._contender(model, folder, self.target.threads)
-            try:
-                seen, baseline = self._inspected(contender.folder), self._baseline_inspected()
-            except MeasureError as error:
-                say(f"  what {folder.name} is slow at could not be found out: {error}")
-                return measurement
-            findings = [] if timed.verdict_same_runtime == "faster" else explain.explain(seen, baseline)
-            return replace(measurement, findings=findings, operators=explain.operators(seen))
+        contender, _ = self._contender(artifact, self.target.threads)
+        try:
+            seen, baseline = self._inspected(contender.folder), self._baseline_inspected()
+        except MeasureError as error:
+            say(f"  what {artifact.folder.name} is slow at could not be found out: {error}")
+            return measurement
+        findings = [] if timed.verdict_same_runtime == "faster" else explain.explain(seen, baseline)
+        return replace(measurement, findings=findings, operators=explain.operators(seen))
 
-    def final(self, measurement: Measurement, model: Any, folder: Path, engine: str) -> Measurement:
-        """`measurement` of the run's result, deployed in `folder` for `engine`, explained, with energy and roofline.
+    def final(self, measurement: Measurement, artifact: Artifact, engine: str) -> Measurement:
+        """`measurement` of the run's result, deployed for `engine`, explained, with energy and roofline.
 
         A result that the target's runtime does not run is measured in the engine that will: eager PyTorch, for one
         that was not exported, whatever the figures of its previews are.
         """
-        current = form_of(model)
-        assert current is not None
-        if self._is_previewed(model):
-            with self._clock():
-                contender = self._as_it_is(folder, current.NAME, self.target.threads)
-                (timed,) = self._time(contender, [1], "final")
-                measurement = replace(
-                    measurement,
-                    size_bytes=current.size_bytes(folder),
-                    compressed_bytes=compressed_bytes(current, folder),
-                    latency=timed.latencies(),
-                    peak_memory_bytes=timed.peak_memory_bytes,
-                )
-        measurement = self.explained(measurement, model, folder)
+        with self._clock():
+            what = {"hash": artifact.hash, "form": artifact.form.NAME, "engine": engine, "of": measurement.content()}
+            return self._figures("final", what, lambda: self._measured_at_last(measurement, artifact, engine))
+
+    def _measured_at_last(self, measurement: Measurement, artifact: Artifact, engine: str) -> Measurement:
+        current, folder = artifact.form, artifact.folder
+        if self._is_previewed(current):
+            contender = self._as_it_is(folder, current.NAME, self.target.threads)
+            (timed,) = self._time(contender, [1], "final")
+            measurement = replace(
+                measurement,
+                size_bytes=current.size_bytes(folder),
+                compressed_bytes=compressed_bytes(current, folder),
+                latency=timed.latencies(),
+                peak_memory_bytes=timed.peak_memory_bytes,
+            )
+        measurement = self._explained(measurement, artifact)
         if measurement.headline() is None:
             return measurement
-        with self._clock():
-            contender = self._as_it_is(folder, current.NAME, self.target.threads, engine)
-            if self.settings.profile and isinstance(lost := _or_reason(lambda: self._profile(contender)), NotMeasured):
-                say(f"  no profile: {lost.not_measured}")
-            return replace(
-                measurement,
-                energy_joules=_or_reason(lambda: self._energy(contender)),
-                roofline=_or_reason(lambda: self._roofline(contender)),
-            )
+        contender = self._as_it_is(folder, current.NAME, self.target.threads, engine)
+        if self.settings.profile and isinstance(lost := _or_reason(lambda: self._profile(contender)), NotMeasured):
+            say(f"  no profile: {lost.not_measured}")
+        return replace(
+            measurement,
+            energy_joules=_or_reason(lambda: self._energy(contender)),
+            roofline=_or_reason(lambda: self._roofline(contender)),
+        )
+
+    def _figures(self, what: str, parts: dict[str, Any], compute: Callable[[], Measurement]) -> Measurement:
+        """Those of an earlier run on such a machine, or what `compute` measures."""
+        return compute() if self._reuse is None else self._reuse.figures(what, parts, compute)
 
     def _roofline(self, contender: Contender) -> Roofline | NotMeasured:
         if not self.settings.explain:
@@ -299,33 +340,24 @@ class Measurer:
             self._seen[what] = inspect(folder / "model.onnx", self._inputs(1), self.target.threads)
         return self._seen[what]
 
-    def _saved(self, model: Any, folder: Path, threads: int, engine: str) -> tuple[Contender, bool]:
-        """The same as `_contender`, of a model that a stage may have changed since it was given it."""
-        current = form_of(model)
-        assert current is not None
-        current.save(model, folder)
-        return self._contender(model, folder, threads, engine)
-
-    def _contender(self, model: Any, folder: Path, threads: int, engine: str = "") -> tuple[Contender, bool]:
+    def _contender(self, artifact: Artifact, threads: int, engine: str = "") -> tuple[Contender, bool]:
         """The saved model, or a preview of it, as the target or `engine` runs it, and whether it is a preview."""
-        current = form_of(model)
-        assert current is not None
-        if not self._is_previewed(model):
-            return self._as_it_is(folder, current.NAME, threads, engine), False
-        preview = folder / "preview" / current.content_hash(model)[:16]
+        folder = artifact.folder
+        if not self._is_previewed(artifact.form):
+            return self._as_it_is(folder, artifact.form.NAME, threads, engine), False
+        preview = folder / "preview" / artifact.hash[:16]
         if not preview.exists():
             with tempfile.TemporaryDirectory(dir=folder) as partial:
                 with machine_lock().working():
+                    model = artifact.model
                     program = lower.trace(model, self.task) if isinstance(model, nn.Module) else model
                     runtime(self.target.runtime).lower(program, Path(partial), self.task)
                 preview.parent.mkdir(exist_ok=True)
                 shutil.copytree(partial, preview)
         return self._as_it_is(preview, RUNTIMES[self.target.runtime][0], threads), True
 
-    def _is_previewed(self, model: Any) -> bool:
-        """Whether `model` is measured as a file that the target's runtime takes, exported for that purpose."""
-        current = form_of(model)
-        assert current is not None
+    def _is_previewed(self, current: Form) -> bool:
+        """Whether a model is measured as a file that the target's runtime takes, exported for that purpose."""
         return current.NAME in ("torch", "program") and current.NAME not in RUNTIMES[self.target.runtime]
 
     def _as_it_is(self, folder: Path, form_name: str, threads: int, engine: str = "") -> Contender:
@@ -491,8 +523,9 @@ class Measurer:
         return Timed(latency, comparison.peak_memory_bytes[subject])
 
     def _quality(self, predictions: Predictions) -> Quality:
+        reference = self._reference_of("test")
         with machine_lock().working():
-            return quality.summary(predictions, self._reference["test"], self.task.class_names)
+            return quality.summary(predictions, reference, self.task.class_names)
 
     @contextmanager
     def evaluating(self, model: Any, engine: str = "") -> Iterator[Callable[..., Any]]:
@@ -524,14 +557,16 @@ class Measurer:
         except MeasureError as error:
             raise StageError(f"{contender.runtime} cannot run this model: {error}") from error
 
-    def _predict(self, model: Any, split: Split, engine: str = "") -> Predictions:
-        """`model` on `split`, once for each content: steps hand one model on, and limits and figures ask again."""
-        current = form_of(model)
-        assert current is not None
-        key = (current.content_hash(model), engine or engine_of(current.NAME, self.target.runtime), split)
+    def _predict(self, artifact: Artifact, split: Split, engine: str = "") -> Predictions:
+        """A model on `split`, once for each content: steps hand one model on, and limits and figures ask again."""
+        key = (artifact.hash, engine or engine_of(artifact.form.NAME, self.target.runtime), split)
+
+        def judge() -> Predictions:
+            with machine_lock().working(), self.evaluating(artifact.model, engine) as run:
+                return self.task.predict(run, split)
+
         if key not in self._judged:
-            with machine_lock().working(), self.evaluating(model, engine) as run:
-                self._judged[key] = self.task.predict(run, split)
+            self._judged[key] = judge() if self._reuse is None else self._reuse.predictions(*key, judge)
             for old in list(self._judged)[:-MOST_JUDGED]:
                 del self._judged[old]
         return self._judged[key]

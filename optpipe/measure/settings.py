@@ -19,6 +19,7 @@ class Measure:
     timeout_seconds: float = 120.0  # a worker that is silent for longer is killed
     previews: bool = True  # measure steps before the export too, each as a file exported only for that
     explain: bool = True  # look into what the runtime executes: causes, operators, roofline
+    fresh: bool = False  # time again what was timed on this machine before
     profile: bool = False  # keep the runtime's and torch's profiles of the final model and the baseline
 
     def __post_init__(self) -> None:

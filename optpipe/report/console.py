@@ -34,7 +34,8 @@ def table(report: Report) -> Any:
         name = stage.stage if stage.stage.startswith(f"{stage.key}/") else f"{stage.key} ({stage.stage})"
         measurement = stage.measurement
         cells = ["–"] * 7 if isinstance(measurement, NotMeasured) else _figures(measurement, measurement.headline())
-        view.add_row(name, stage.status, f"{stage.seconds:.1f}", *cells)
+        status = f"{stage.status}, reused" if stage.cached else stage.status
+        view.add_row(name, status, f"{stage.seconds:.1f}", *cells)
     return view
 
 
@@ -79,6 +80,16 @@ def tried(report: Report) -> list[str]:
             how = "chosen" if attempt.chosen else "works" if attempt.ok else "refused"
             lines.append(f"  {how}: " + ", ".join(filter(None, [attempt.method, attempt.reason])))
     return lines
+
+
+def reused(report: Report) -> list[str]:
+    """What was not computed because an earlier run had done it."""
+    steps = [stage for stage in report.stages if stage.cached]
+    figured = [("baseline", report.baseline), *((stage.key, stage.measurement) for stage in report.stages)]
+    known = [name for name, found in figured if isinstance(found, Measurement) and found.cached]
+    saved = sum(stage.computed_seconds for stage in steps if not isinstance(stage.computed_seconds, NotMeasured))
+    said = [f"reused from the store: {', '.join(s.key for s in steps)}, once {figures.seconds(saved)}"] if steps else []
+    return said + ([f"measured by an earlier run on such a machine: {', '.join(known)}"] if known else [])
 
 
 def forecast(report: Report) -> list[str]:

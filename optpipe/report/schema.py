@@ -173,11 +173,20 @@ class Measurement:
     compressed_bytes: int | NotMeasured = NotMeasured(
         "not looked at"
     )  # of a download: what size_bytes counts, deflated
+    cached: bool = False  # measured by an earlier run on such a machine
 
     def headline(self) -> Latency | None:
         """Latency at batch 1 with the target's threads, where it could be measured."""
         entries = [] if isinstance(self.latency, NotMeasured) else self.latency
         return next((entry for entry in entries if (entry.batch_size, entry.threads) == (1, self.threads)), None)
+
+    def content(self) -> dict[str, Any]:
+        """What was measured, without where and when that was."""
+        known = asdict(self)
+        for entry in known["latency"] if isinstance(known["latency"], list) else ():
+            del entry["samples"]
+        del known["cached"]
+        return known
 
     def with_grid(self, grid: list[Latency]) -> Measurement:
         """The same with the other points of a grid behind the headline."""
@@ -264,6 +273,7 @@ def _cell(value: Any, title: str) -> Cell:
 
 
 NOT_REHEARSED = NotMeasured("the step was not rehearsed")
+NOT_REUSED = NotMeasured("this run computed it")
 
 
 @dataclass(kw_only=True)
@@ -276,7 +286,9 @@ class StageResult:
     seconds: float
     form: str
     measurement: Measurement | NotMeasured
-    cached: bool = False
+    cached: bool = False  # taken from the store; `seconds` are those of taking it
+    computed_seconds: float | NotMeasured = NOT_REUSED  # when it was computed
+    store_key: str = ""  # of its result, sha256; empty where that cannot be identified
     attempts: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -358,25 +370,27 @@ class Report:
         loaded = json.loads((folder / FILE).read_text())
         if not isinstance(loaded, dict) or loaded.get("schema") != SCHEMA:
             raise ValueError(f"{folder / FILE} is not a report of schema {SCHEMA}")
-        report: Report = _typed(cls, loaded)
+        report: Report = typed(cls, loaded)
         return report
 
 
-def _typed(kind: Any, value: Any) -> Any:
+def typed(kind: Any, value: Any) -> Any:
     """`value`, as JSON gives it, as the type `kind`: dataclasses, unions of them, lists and tuples."""
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         choices = typing.get_args(kind)
+        if value is None:
+            return None
         if isinstance(value, dict) and set(value) == {"not_measured"}:
             return NotMeasured(**value)
-        return _typed(next((choice for choice in choices if choice is not NotMeasured), Any), value)
+        return typed(next((choice for choice in choices if choice is not NotMeasured), Any), value)
     if origin is list:
-        return [_typed(typing.get_args(kind)[0], item) for item in value]
+        return [typed(typing.get_args(kind)[0], item) for item in value]
     if origin is tuple:
         return tuple(value)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        known = {name: _typed(hints[name], item) for name, item in value.items() if name in hints}
+        known = {name: typed(hints[name], item) for name, item in value.items() if name in hints}
         try:
             return kind(**known)  # type: ignore[operator]
         except TypeError as error:

@@ -57,7 +57,7 @@ def learn(student: nn.Module, loss: Loss, settings: Learning, ctx: Context, desc
         "seed": str(ctx.seed),
         **of,
     }
-    folder = Path(settings.checkpoint) if settings.checkpoint else ctx.dir
+    folder = Path(settings.checkpoint) if settings.checkpoint else ctx.checkpoints
     history = fit(
         student,
         train,

@@ -1,0 +1,151 @@
+"""Runs that are killed, runs at once, and a store that was damaged: is the result the same, and computed once?
+
+    python benchmarks/resume.py                 # 20 kills, 4 processes, 20 damaged files; about 40 min on 2 cores
+    python benchmarks/resume.py --kills 3
+
+Each kill: an empty store, `kill -9` at a moment of its own share of an undisturbed run's time, then the same command
+again. Ends with 1 if an
+artifact differs from the undisturbed run's, a stage is computed twice by runs at once, or damage is not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WORDS = ("+recipe=edge_int8", "measure=quick", "measure.noise_limit=1000", "tracking=none", "distill.epochs=3")
+DAMAGES = ("truncated", "flipped", "swapped")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--damages", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    draw = random.Random(asked.seed)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        finished(start(root / "warm", root / "store_warm"))  # the reference network's weights
+        begin = time.monotonic()
+        finished(start(root / "whole", root / "store_whole"))
+        seconds = time.monotonic() - begin
+        expected = artifact(root / "whole")
+        print(f"undisturbed: {seconds:.0f} s, {expected[:12]}", flush=True)
+        good = kills(root, asked.kills, seconds, expected, draw)
+        good &= at_once(root, asked.processes, expected)
+        good &= damaged(root, asked.damages, expected, draw)
+    return int(not good)
+
+
+def start(folder: Path, store: Path) -> subprocess.Popen[str]:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "optpipe", *WORDS, f"store.folder={store}", f"hydra.run.dir={folder}"]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    """What it printed. Ends this program where it failed."""
+    said, _ = process.communicate()
+    if process.returncode:
+        sys.exit(f"a run ended with {process.returncode}:\n{said}")
+    return said
+
+
+def artifact(folder: Path) -> str:
+    """Sha256 of the deployed file."""
+    files: dict[str, Any] = json.loads((folder / "model" / "manifest.json").read_text())["files"]
+    return str(files["model.onnx"]["sha256"])
+
+
+def stages(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "report.json").read_text())["stages"]
+    return found
+
+
+def kills(root: Path, count: int, seconds: float, expected: str, draw: random.Random) -> bool:
+    """The moments are spread over an undisturbed run: one in each of `count` equal parts."""
+    hit: Counter[str] = Counter()
+    same = 0
+    for number in range(count):
+        folder, again, store = root / f"killed_{number}", root / f"again_{number}", root / f"store_{number}"
+        process = start(folder, store)
+        time.sleep(seconds * (number + draw.random()) / count)
+        was_over = process.poll() is not None
+        if not was_over:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        steps = sorted(path.name for path in folder.glob("[0-9]*_*"))
+        where = "after the end" if was_over else steps[-1] if steps else "before the first step"
+        hit[where] += 1
+        finished(start(again, store))
+        same += artifact(again) == expected
+        reused = [stage["key"] for stage in stages(again) if stage["cached"]]
+        print(f"killed in {where}: {artifact(again)[:12]}, reused {', '.join(reused) or 'nothing'}", flush=True)
+        for path in (folder, again, store):
+            shutil.rmtree(path, ignore_errors=True)
+    print(f"{same} of {count} ended with the undisturbed run's artifact; killed in {dict(hit)}", flush=True)
+    return same == count
+
+
+def at_once(root: Path, count: int, expected: str) -> bool:
+    """Identical runs, started together with an empty store."""
+    folders = [root / f"at_once_{number}" for number in range(count)]
+    for process in [start(folder, root / "store_at_once") for folder in folders]:
+        finished(process)
+    computed = Counter(stage["key"] for folder in folders for stage in stages(folder) if not stage["cached"])
+    same = sum(artifact(folder) == expected for folder in folders)
+    print(
+        f"{count} at once: {same} with that artifact; times that each stage was computed: {dict(computed)}", flush=True
+    )
+    return same == count and set(computed.values()) == {1}
+
+
+def damaged(root: Path, count: int, expected: str, draw: random.Random) -> bool:
+    """Files of the undisturbed run's store, each damaged alone; every entry is then read by a run."""
+    found = right = 0
+    files = sorted(path for path in (root / "store_whole" / "step").rglob("files/*") if path.is_file())
+    for number in range(count):
+        store, folder = root / "store_damaged", root / f"damaged_{number}"
+        shutil.copytree(root / "store_whole", store)
+        how, file = DAMAGES[number % len(DAMAGES)], store / draw.choice(files).relative_to(root / "store_whole")
+        damage(file, how, [store / path.relative_to(root / "store_whole") for path in files], draw)
+        said = finished(start(folder, store))
+        found += "that was kept cannot be used" in said
+        right += artifact(folder) == expected
+        shutil.rmtree(store)
+        shutil.rmtree(folder)
+    print(f"damaged files: {found} of {count} found, {right} runs ended with that artifact", flush=True)
+    return found == right == count
+
+
+def damage(file: Path, how: str, others: Sequence[Path], draw: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "swapped":
+        other = draw.choice([path for path in others if path.read_bytes() != bytes(data)])
+        file.write_bytes(other.read_bytes())
+        other.write_bytes(bytes(data))
+    elif how == "truncated":
+        file.write_bytes(bytes(data[: draw.randrange(len(data))]))
+    else:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(bytes(data))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Artifact: a model that was saved, loaded when somebody needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from optpipe.forms import Form, form, form_of
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model of one form in a folder. Equal content has equal hashes, wherever it lies."""
+
+    form: Form
+    folder: Path
+    hash: str  # of the content
+
+    @classmethod
+    def save(cls, model: Any, folder: Path) -> Artifact:
+        """`model`, which has one of the forms, written to `folder` and read back: what is judged is what was saved."""
+        found = form_of(model)
+        assert found is not None
+        found.save(model, folder)
+        loaded = found.load(folder)
+        artifact = cls(found, folder, found.content_hash(loaded))
+        artifact.__dict__["model"] = loaded
+        return artifact
+
+    @classmethod
+    def kept(cls, form_name: str, folder: Path, hash: str) -> Artifact:
+        """What lies in `folder` already."""
+        return cls(form(form_name), folder, hash)
+
+    @cached_property
+    def model(self) -> Any:
+        """The one that is judged and measured; nobody may change it."""
+        return self.form.load(self.folder)
+
+    def fresh(self) -> Any:
+        """The model anew, for a stage that may change it."""
+        return self.form.load(self.folder)
+
+    def unloaded(self) -> Artifact:
+        """The same without the memory that a loaded model takes."""
+        return replace(self)
