@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EXIT_PROBLEM = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -26,6 +25,7 @@ def main() -> None:
     from optpipe import compose, execute
     from optpipe.command import read
     from optpipe.errors import OptpipeError
+    from optpipe.job import say_error
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
     command = read(sys.argv[1:])
@@ -38,10 +38,10 @@ def main() -> None:
                 return
             _check_writable(command)
     except OptpipeError as error:
-        sys.exit(_say_error(error))
+        sys.exit(say_error(error))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    sys.exit(_hydra(command))
+    sys.exit(_sweep(command) if command.is_sweep and not command.is_question else _hydra(command))
 
 
 def _hydra(command: Any) -> int:
@@ -52,8 +52,10 @@ def _hydra(command: Any) -> int:
 
     outcome = {"code": 0}
 
-    def job(config: DictConfig) -> float | None:
-        return _job(config, command, outcome)
+    def job(config: DictConfig) -> None:
+        from optpipe import job
+
+        outcome["code"] = job.run(config, command, started=_started())
 
     sys.argv[1:] = command.argv()
     try:
@@ -63,37 +65,32 @@ def _hydra(command: Any) -> int:
     return outcome["code"]
 
 
-def _job(config: DictConfig, command: Any, outcome: dict[str, int]) -> float | None:
-    """One run. In a sweep an error goes to Hydra; in a single run it becomes one message and the exit code."""
-    from hydra.core.hydra_config import HydraConfig
+def _sweep(command: Any) -> int:
+    """Every job of a sweep that is not done yet; 1 if one failed or broke its budget."""
+    from optpipe import compose, sweep
+    from optpipe.errors import RecipeError
+    from optpipe.job import say_error
+    from optpipe.report.__main__ import main as report
 
-    from optpipe import compose, execute
-    from optpipe.errors import OptpipeError
-    from optpipe.progress import log
-
-    started, hydra_config = _started(), HydraConfig.get()
-    overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
     try:
-        again = command.again(overrides)
-        plan = compose.plan(config, recipe=command.recipe, overrides=overrides, subject=command.subject, command=again)
-        report = execute.execute(plan, folder, started)
-        outcome["code"] = max(outcome["code"], _show(report, folder))  # of a sweep, the worst
-        return None
-    except (OptpipeError, OSError) as error:
-        log.exception("the run failed")
-        if command.is_sweep:
-            raise
-        if isinstance(error, OSError):
-            error.add_note(f"the run's folder is {folder}; free space there, or choose another with hydra.run.dir=…")
-        outcome["code"] = _say_error(error)
-    except KeyboardInterrupt:
-        if command.is_sweep:
-            raise
-        from optpipe.progress import console
-
-        console.print(f"Interrupted; what was finished is in {folder}", markup=False)
-        outcome["code"] = EXIT_INTERRUPTED
-    return None
+        jobs = compose.combinations(command.overrides)
+        folder = sweep.folder_for(command.sweep_dir, command.argv(), jobs, command.subject)
+        if command.sweep_dir is None:
+            command.overrides.append(f"hydra.sweep.dir={folder}")
+        ledger = sweep.Ledger(folder)
+        with sweep.alone(folder, command.subject), sweep.watched(ledger):
+            code = _hydra(command)
+    except RecipeError as error:
+        return say_error(error)
+    found = ledger.jobs()
+    if any(job.state is sweep.State.done for job in found):
+        report([str(folder)])
+    for job in found:
+        if job.state is not sweep.State.done:
+            print(f"job {job.number} {job.state.value}: {job.reason or job.said()}", file=sys.stderr)
+    if code == EXIT_INTERRUPTED or any(job.state is sweep.State.waiting for job in found):
+        print("the same command goes on with what is not done", file=sys.stderr)
+    return max(code, *(job.code for job in found)) if found else code
 
 
 _first_job = True
@@ -104,32 +101,6 @@ def _started() -> float:
     global _first_job
     first, _first_job = _first_job, False
     return STARTED if first else time.perf_counter()
-
-
-def _show(report: Any, folder: Path) -> int:
-    """Print what came out; the exit code is 1 if the budget was broken and its policy is more than to warn."""
-    from optpipe.report import console
-
-    console.show(console.table(report))
-    for said in (console.tried, console.missing, console.disturbed, console.forecast, console.reused):
-        print("".join(f"{line}\n" for line in said(report)), end="")
-    print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
-    if (page := folder / "report.html").exists():
-        print(f"page: {page}")
-    for violation in report.budget.violations:
-        print(f"over budget: {violation}", file=sys.stderr)
-    for check in report.budget.checks:
-        if check.where == "run" and check.holds and check.undecided:
-            print(f"budget: {check.said}", file=sys.stderr)
-    return EXIT_PROBLEM if report.budget.violations and report.budget.policy != "warn" else 0
-
-
-def _say_error(error: BaseException) -> int:
-    from optpipe.errors import OptpipeError
-
-    notes = [] if isinstance(error, OptpipeError) else getattr(error, "__notes__", [])
-    print("\n  ".join([f"{type(error).__name__}: {error}", *notes]), file=sys.stderr)
-    return EXIT_PROBLEM
 
 
 def _check_writable(command: Any) -> None:

@@ -56,6 +56,12 @@ class Command:
         given = next((o.split("=", 1)[1] for o in self.overrides if o.startswith(key)), "outputs")
         return Path(given.split("${")[0])
 
+    @property
+    def sweep_dir(self) -> Path | None:
+        """The folder that a sweep was given."""
+        key = "hydra.sweep.dir="
+        return next((Path(o.removeprefix(key)) for o in self.overrides if o.startswith(key)), None)
+
     def argv(self) -> list[str]:
         """Overrides first: Hydra does not parse those that follow a flag with a value."""
         return [*self.overrides, *self.flags]

@@ -215,6 +215,44 @@ def _unknown_key(override: str, key: str, owner: str | None, command: Command) -
     return f"'{override}': {kind} has no setting '{key}'{hint}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """Where Hydra runs a job."""
+
+    folder: Path
+    overrides: list[str]
+    number: int = 0  # of a sweep's jobs
+    sweep_folder: Path = Path()
+    at_once: int = 1  # jobs that its launcher runs on one machine
+
+
+def of_hydra() -> Here:
+    """The job that Hydra runs in this process now."""
+    from hydra.core.hydra_config import HydraConfig
+
+    config = HydraConfig.get()
+    overrides, folder = list(config.overrides.task), Path(config.runtime.output_dir)
+    if str(config.mode) != "RunMode.MULTIRUN":
+        return Here(folder, overrides)
+    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), _at_once(config.launcher))
+
+
+def _at_once(launcher: Any) -> int:
+    """joblib's setting: a number, or -1 for as many as there are cores, -2 for one less."""
+    asked = int(launcher.get("n_jobs") or 1)
+    cores = machine.bound_cores()
+    return max(1, asked if asked > 0 else cores + 1 + asked)
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep in the order in which Hydra's own sweeper makes them; none where another one chooses."""
+    if any(override.startswith("hydra/sweeper=") for override in overrides):
+        return []
+    parsed = [(text, _parsed(text)) for text in overrides if not text.startswith(("hydra.", "hydra/"))]
+    choices = [[text] if override is None else _values(override) for text, override in parsed]
+    return [list(chosen) for chosen in itertools.product(*choices)]
+
+
 def _sweep_combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
     """The first value of every swept override together, then each of the others beside the first of the rest."""
     parsed = [(text, _parsed(text)) for text in overrides]

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from optpipe.machine import INSTRUCTION_SETS, cpu, cpu_quota, usable_cores
+from optpipe.machine import INSTRUCTION_SETS, bound_cores, cpu, cpu_quota
 
 REPORTED_PACKAGES = (
     "optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy", "lightning-fabric",
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": name,
         "isa": [extension for extension in INSTRUCTION_SETS if extension in isa],
-        "cores": usable_cores(),
+        "cores": bound_cores(),
         "cpu_quota": cpu_quota() or "none",
         "memory_bytes": _memory_bytes(),
         "governor": _read(GOVERNOR) or "not offered by this system",

@@ -41,8 +41,22 @@ def cpu() -> tuple[str, frozenset[str]]:
     return name, frozenset(flags.split()) & frozenset(INSTRUCTION_SETS)
 
 
+_sharing = 1  # jobs of a sweep that run at once on this machine
+
+
+def share_cores(jobs: int) -> None:
+    """From now on this process takes its share of the cores, as one of `jobs`."""
+    global _sharing
+    _sharing = max(1, jobs)
+
+
 def usable_cores() -> int:
-    """Cores that this process may keep busy: those it is bound to, or the whole ones of its container's quota.
+    """Cores that this process may keep busy: its share of `bound_cores`, at least one."""
+    return max(1, bound_cores() // _sharing)
+
+
+def bound_cores() -> int:
+    """Cores that this process is bound to, or the whole ones of its container's quota.
 
     The kernel stops threads beyond the quota for most of every tenth of a second: a part of a core is none.
     """

@@ -142,6 +142,11 @@ def full() -> Report:
     )  # fmt: skip
 
 
+def of(final: Measurement, status: str) -> Report:
+    """A run that came to `final`."""
+    return replace(full(), status=status, final=Final(artifact="model/model.onnx", measurement=final))
+
+
 def empty() -> Report:
     """A run that was given up, of a model that could not be measured."""
     nothing = NotMeasured("no instrument")

@@ -96,7 +96,7 @@ def test_a_file_that_cannot_be_executed_is_a_clear_error(tmp_path: Path) -> None
 
 def test_a_call_that_costs_more_than_its_kernels_comes_first(tmp_path: Path) -> None:
     path = convolutions(tmp_path / "model.onnx", channels=1, size=2)
-    first = explain.explain(look(in_int8(path)), look(path))[0]
+    first = explain.explain(look(in_int8(path)), look(path), VNNI)[0]
     assert first.cause == "call_overhead" and "for the call" in first.evidence
 
 

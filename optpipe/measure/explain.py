@@ -10,7 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from optpipe.machine import cpu, usable_cores
+from optpipe.machine import bound_cores, cpu
 from optpipe.measure.inspect import Inspection, Node
 from optpipe.measure.roofline import operations as operations_of
 from optpipe.measure.roofline import traffic
@@ -46,12 +46,13 @@ QUANTISE_BOTH_SIDES = (
 )
 
 
-def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding]:
+def explain(inspection: Inspection, baseline: Inspection | None, isa: frozenset[str] | None = None) -> list[Finding]:
     """The causes why the file is not faster, the largest share of a call's time first.
 
     baseline: of the unoptimised model in the same runtime, where it could be exported.
+    isa: the instruction sets of the processor; by default this machine's.
     """
-    _, isa = cpu()
+    isa = cpu()[1] if isa is None else isa
     found = [
         *([same_graph(inspection, baseline)] if baseline else []),  # explains the most, so it comes first among equals
         call_overhead(inspection),
@@ -63,7 +64,7 @@ def explain(inspection: Inspection, baseline: Inspection | None) -> list[Finding
         *([more_operators(inspection, baseline), slower_kernels(inspection, baseline)] if baseline else []),
     ]
     told = [finding for finding in found if finding and _share(finding) >= LEAST_SHARE]
-    crowded = thread_oversubscription(inspection, usable_cores())  # spoils every other figure
+    crowded = thread_oversubscription(inspection, bound_cores())  # spoils every other figure
     return [*([crowded] if crowded else []), *sorted(told, key=_share, reverse=True)]
 
 

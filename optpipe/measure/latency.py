@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from optpipe.machine import machine_lock, usable_cores
+from optpipe.machine import bound_cores, machine_lock
 from optpipe.measure import energy
 from optpipe.measure.nursery import Nursery, Worker
 from optpipe.measure.settings import Measure
@@ -298,7 +298,7 @@ def _remedy(comparison: Comparison) -> str:
     more = f"raise measure.max_seconds, or measure.replicas above {len(comparison.blocks)}"
     if comparison.other_load_cores < VISIBLE_LOAD_CORES:
         return f"no other program was to be seen here; {more}"
-    return f"other programs kept {comparison.other_load_cores:.1f} of {usable_cores()} cores busy; end them, or {more}"
+    return f"other programs kept {comparison.other_load_cores:.1f} of {bound_cores()} cores busy; end them, or {more}"
 
 
 def _quiet_cores(count: int) -> list[int]:

@@ -62,14 +62,15 @@ def _run(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
+    from optpipe.report import front
     from optpipe.report.runs import reasons
 
     runs, problems = below(folder)
     flags = [*_machine_flags(runs), *problems]
     show(table_of_runs(runs, f"{folder}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}"))
-    for said in [*flags, *reasons(runs)]:
+    for said in [*flags, *reasons(runs), *front.said(runs)]:
         print(said)
-    print(f"page: {write_sweep(runs, folder, flags)}")
+    print(f"page: {write_sweep(runs, folder, flags, front.said(runs))}")
 
 
 def _machine_flags(runs: Sequence[Run]) -> list[str]:

@@ -143,8 +143,11 @@ def table(runs: Sequence[Run], title: str) -> Any:
     return view
 
 
-def write_sweep(runs: Sequence[Run], folder: Path, flags: Sequence[str]) -> Path:
-    """Write sweep.html into `folder`: the table, with links to the pages of the runs. flags: what to mind."""
+def write_sweep(runs: Sequence[Run], folder: Path, flags: Sequence[str], front: Sequence[str] = ()) -> Path:
+    """Write sweep.html into `folder`: the table, with links to the pages of the runs.
+
+    flags: what to mind. front: which of them nothing beats, in words.
+    """
     links = [
         quote((run.folder / PAGE).relative_to(folder).as_posix()) if (run.folder / PAGE).exists() else ""
         for run in runs
@@ -152,6 +155,12 @@ def write_sweep(runs: Sequence[Run], folder: Path, flags: Sequence[str]) -> Path
     columns = ["run", *differing(runs), *FIGURES]
     lines = list(zip(links, rows(runs), strict=True))
     text = templates.render(
-        "sweep.html.j2", title=folder.resolve().name, columns=columns, lines=lines, flags=flags, reasons=reasons(runs)
+        "sweep.html.j2",
+        title=folder.resolve().name,
+        columns=columns,
+        lines=lines,
+        flags=flags,
+        reasons=reasons(runs),
+        front=front,
     )
     return templates.write(text, folder / SWEEP)

@@ -1,0 +1,90 @@
+"""One run of a command, as Hydra calls it: alone, or as a job of a sweep, in whatever process a launcher chose."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optpipe import compose, execute, machine, registry
+from optpipe.command import Command
+from optpipe.errors import OptpipeError
+from optpipe.progress import console, log, say
+from optpipe.sweep import Ledger, State, cleared
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from optpipe.report import Report
+
+EXIT_PROBLEM = 1
+EXIT_INTERRUPTED = 130
+
+
+def run(config: DictConfig, command: Command, started: float) -> int:
+    """The exit code. In a single run an error becomes one message; in a sweep, what its ledger says of the job.
+
+    started: time.perf_counter() when this run began.
+    """
+    here = compose.of_hydra()
+    if not registry.stages():  # a process of a launcher's
+        compose.prepare(command)
+    if command.is_sweep:
+        machine.share_cores(here.at_once)
+        return _in_sweep(config, command, here, started)
+    try:
+        return _show(_executed(config, command, here, started), here.folder)
+    except (OptpipeError, OSError) as error:
+        log.exception("the run failed")
+        if isinstance(error, OSError):
+            error.add_note(f"the run's folder is {here.folder}; free space there, or choose another: hydra.run.dir=…")
+        return say_error(error)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted; what was finished is in {here.folder}", markup=False)
+        return EXIT_INTERRUPTED
+
+
+def _in_sweep(config: DictConfig, command: Command, here: compose.Here, started: float) -> int:
+    ledger = Ledger(here.sweep_folder)
+    if (before := ledger.job(here.number)).state is State.done:
+        say(f"job {here.number} is done: {here.folder}")
+        return before.code
+    cleared(here.folder)
+    with ledger.running(here.number, here.overrides) as outcome:
+        try:
+            outcome.code = _show(_executed(config, command, here, started), here.folder)
+        except Exception:
+            log.exception("the job failed")
+            raise
+    return outcome.code
+
+
+def _executed(config: DictConfig, command: Command, here: compose.Here, started: float) -> Report:
+    again = command.again(here.overrides)
+    plan = compose.plan(config, recipe=command.recipe, overrides=here.overrides, subject=command.subject, command=again)
+    return execute.execute(plan, here.folder, started)
+
+
+def _show(report: Report, folder: Path) -> int:
+    """Print what came out; the exit code is 1 if the budget was broken and its policy is more than to warn."""
+    from optpipe.report import console as shown
+
+    shown.show(shown.table(report))
+    for said in (shown.tried, shown.missing, shown.disturbed, shown.forecast, shown.reused):
+        print("".join(f"{line}\n" for line in said(report)), end="")
+    print(f"{folder}: report.json and model/; {report.seconds:.0f} s")
+    if (page := folder / "report.html").exists():
+        print(f"page: {page}")
+    for violation in report.budget.violations:
+        print(f"over budget: {violation}", file=sys.stderr)
+    for check in report.budget.checks:
+        if check.where == "run" and check.holds and check.undecided:
+            print(f"budget: {check.said}", file=sys.stderr)
+    return EXIT_PROBLEM if report.budget.violations and report.budget.policy != "warn" else 0
+
+
+def say_error(error: BaseException) -> int:
+    """One message for a person, on standard error; the exit code."""
+    notes = [] if isinstance(error, OptpipeError) else getattr(error, "__notes__", [])
+    print("\n  ".join([f"{type(error).__name__}: {error}", *notes]), file=sys.stderr)
+    return EXIT_PROBLEM

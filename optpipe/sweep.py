@@ -1,0 +1,268 @@
+"""A sweep: its ledger, written as it goes, from which the same command goes on, and what a person sees meanwhile.
+
+The folder of a sweep holds sweep.json, which names the command and every job that it makes, `jobs` with the state of
+each, and a folder per job. Only the process of a job writes its state, so that launchers may run jobs anywhere that
+sees the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from optpipe.errors import RecipeError
+from optpipe.progress import console, say
+
+FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
+LATELY_SECONDS = 1.0  # between two looks at the ledger, for the live table
+KEPT = (".hydra", "optpipe.log")  # of a job's folder that is run again: what Hydra has just written
+
+
+class State(Enum):
+    """Of a job."""
+
+    waiting = "waiting"
+    running = "running"
+    done = "done"
+    failed = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of a sweep."""
+
+    number: int
+    overrides: list[str] = field(default_factory=list)
+    state: State = State.waiting
+    seconds: float = 0.0
+    reason: str = ""  # why it failed
+    code: int = 0  # that it would have ended with, had it been run alone
+    host: str = ""
+    pid: int = 0
+    started: float = 0.0  # seconds since 1970
+
+    def said(self, common: Sequence[str] = ()) -> str:
+        """Its own settings, without those that all jobs share."""
+        own = [override for override in self.overrides if override not in common]
+        return " ".join(own) or "no settings of its own"
+
+
+class Ledger:
+    """The jobs of the sweep in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """sweep.json. Raises OSError, ValueError if there is none."""
+        found: dict[str, Any] = json.loads((self.folder / FILE).read_text())
+        return found
+
+    def begin(self, words: Sequence[str], jobs: Sequence[Sequence[str]]) -> None:
+        """Write down the command, and every job that it will make as waiting."""
+        (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
+        told = {"command": list(words), "jobs": [list(job) for job in jobs], "begun": time.time()}
+        _write(self.folder / FILE, told)
+
+    def jobs(self) -> list[Job]:
+        """All of them, in order. A job that no process runs any more is waiting again."""
+        planned = self.told["jobs"]
+        found = {number: Job(number=number, overrides=overrides) for number, overrides in enumerate(planned)}
+        for path in (self.folder / JOBS).glob("*.json"):
+            try:
+                read = json.loads(path.read_text())
+                job = Job(**{**read, "state": State(read["state"])})
+            except (ValueError, TypeError, KeyError):
+                continue  # written by another version: the job is run again
+            if job.state is State.running and _is_gone(job):
+                job = replace(job, state=State.waiting)
+            found[job.number] = job
+        return [found[number] for number in sorted(found)]
+
+    def job(self, number: int) -> Job:
+        return next((job for job in self.jobs() if job.number == number), Job(number=number))
+
+    def write(self, job: Job) -> None:
+        (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
+        _write(self.folder / JOBS / f"{job.number}.json", {**asdict(job), "state": job.state.value})
+
+    @contextmanager
+    def running(self, number: int, overrides: Sequence[str]) -> Iterator[Outcome]:
+        """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
+        begin, outcome = time.time(), Outcome()
+        job = Job(
+            number=number, overrides=list(overrides), state=State.running, host=socket.gethostname(), pid=os.getpid(),
+            started=begin,
+        )  # fmt: skip
+        self.write(job)
+        try:
+            yield outcome
+        except KeyboardInterrupt:
+            self.write(replace(job, state=State.waiting))
+            raise
+        except Exception as error:  # one job that fails neither ends nor hides the others
+            reason = f"{type(error).__name__}: {error}"
+            job = replace(job, state=State.failed, reason=reason, code=1)
+        else:
+            job = replace(job, state=State.done, code=outcome.code)
+        self.write(replace(job, seconds=time.time() - begin))
+        self._say(job)
+
+    def _say(self, job: Job) -> None:
+        jobs = self.jobs()
+        over = sum(found.state in (State.done, State.failed) for found in jobs)
+        common = common_overrides(jobs)
+        reason = f": {job.reason.splitlines()[0]}" if job.reason else ""
+        say(f"[{over} of {len(jobs)} jobs] {job.number} {job.state.value}, {job.said(common)}{reason}{left(jobs)}")
+
+
+@dataclass
+class Outcome:
+    """What a job tells its ledger."""
+
+    code: int = 0
+
+
+def left(jobs: Sequence[Job]) -> str:
+    """The time that the rest is expected to take, as in "; about 3 min left"."""
+    over = [job for job in jobs if job.state in (State.done, State.failed) and job.seconds]
+    rest = sum(job.state in (State.waiting, State.running) for job in jobs)
+    if not over or not rest:
+        return ""
+    at_once = max(1, sum(job.state is State.running for job in jobs))
+    seconds = rest * sum(job.seconds for job in over) / len(over) / at_once
+    return f"; about {seconds / 60:.0f} min left" if seconds >= 90 else f"; about {seconds:.0f} s left"
+
+
+def common_overrides(jobs: Sequence[Job]) -> list[str]:
+    """Those that all jobs have."""
+    shared = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
+    return [override for override in (jobs[0].overrides if jobs else ()) if override in shared]
+
+
+def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[str]], subject: str) -> Path:
+    """Where to run the sweep `words`: the folder of an earlier one of the same words that is not over, or a new one.
+
+    root: the folder that the command names; None for one below outputs/sweeps.
+    Raises RecipeError if the named folder holds another sweep.
+    """
+    if root is not None:
+        if not (root / FILE).exists():
+            Ledger(root).begin(words, jobs)
+        elif (other := Ledger(root).told["command"]) != list(words):
+            said = f"'{root}' holds another sweep ({' '.join(other)}); give it a folder of its own"
+            raise RecipeError([said], subject)
+        return root
+    below = Path("outputs") / "sweeps"
+    for path in sorted(below.glob(f"*/{FILE}"), reverse=True):
+        ledger = Ledger(path.parent)
+        try:
+            if ledger.told["command"] != list(words):
+                continue
+            rest = [job for job in ledger.jobs() if job.state is not State.done]
+        except (OSError, ValueError, KeyError):
+            continue
+        if rest:
+            say(f"the sweep in {ledger.folder} goes on: {len(rest)} of its {len(ledger.jobs())} jobs are not done")
+            return ledger.folder
+        break
+    folder = below / f"{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    Ledger(folder).begin(words, jobs)
+    return folder
+
+
+@contextmanager
+def alone(folder: Path, subject: str) -> Iterator[None]:
+    """Hold a sweep's folder. Raises RecipeError if another process does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        said = f"another process runs the sweep in '{folder}'; wait for it, or name another with hydra.sweep.dir=…"
+        raise RecipeError([said], subject) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cleared(folder: Path) -> None:
+    """Remove what an attempt that did not end left of a job; its finished steps are in the store."""
+    for path in folder.glob("*"):
+        if path.name in KEPT:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def watched(ledger: Ledger) -> Iterator[None]:
+    """A live table of the jobs, on a terminal; elsewhere their own lines are all."""
+    if not console.is_terminal:
+        yield
+        return
+    from rich.live import Live
+
+    ended = threading.Event()
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def watch() -> None:
+            shown: list[Job] = []
+            while not ended.wait(LATELY_SECONDS):
+                if (jobs := ledger.jobs()) != shown:
+                    shown = jobs
+                    live.update(view(jobs), refresh=True)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def view(jobs: Sequence[Job]) -> Any:
+    """The jobs as a rich table; of many, those that run and the latest of the others."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    common = common_overrides(jobs)
+    counts = {state: sum(job.state is state for job in jobs) for state in State}
+    title = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
+    found = Table(title=f"{title}{left(jobs)}", title_justify="left", box=SIMPLE, pad_edge=False)
+    for column in ("job", "state", "s", "settings"):
+        found.add_column(column, no_wrap=True)
+    for job in [job for job in jobs if job.state is not State.waiting][-12:]:
+        seconds = time.time() - job.started if job.state is State.running else job.seconds
+        found.add_row(str(job.number), job.state.value, f"{seconds:.0f}", job.said(common))
+    return found
+
+
+def _is_gone(job: Job) -> bool:
+    """Whether the process of a running job has ended. Of another machine's that cannot be known here."""
+    import psutil
+
+    return job.host == socket.gethostname() and not psutil.pid_exists(job.pid)
+
+
+def _write(path: Path, told: Any) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(told, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,139 @@
+"""Sweeps: the ledger, one failed job among others, going on after an end, several at once, and the front."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reports
+from command import start
+
+from optpipe.compose import combinations
+from optpipe.errors import RecipeError
+from optpipe.report.front import best, front
+from optpipe.report.runs import Run
+from optpipe.sweep import Job, Ledger, State, alone, folder_for, left
+
+WORDS = (
+    "--multirun", "+recipe=clip_int8", "--config-dir", "my_conf", "target.instruction_set=neon", "tracking=none",
+    "measure.previews=false", "rehearse=false", "pipeline=[clip,trace]",
+)  # fmt: skip
+
+
+def states(folder: Path) -> list[State]:
+    return [job.state for job in Ledger(folder).jobs()]
+
+
+def only(project: Path) -> Path:
+    (folder,) = (project / "outputs" / "sweeps").iterdir()
+    return folder
+
+
+def test_one_failed_job_neither_stops_nor_hides_the_others(optpipe: Any, project: Path) -> None:
+    words = (*WORDS, "clip.limit=0.5,1.0", "model.args.hidden=64,32")
+    done = optpipe(*words)  # the weights file is of 64
+    folder = only(project)
+    assert done.code == 1
+    assert states(folder) == [State.done, State.failed, State.done, State.failed]
+    assert "job 1 failed: RecipeError" in done.err and "job 3 failed" in done.err and "does not fit" in done.err
+    assert "[4 of 4 jobs] 3 failed, clip.limit=1.0 model.args.hidden=32" in done.err
+    begun = [job.started for job in Ledger(folder).jobs()]
+    again = optpipe(*words)  # the failed ones only, in the same folder
+    assert only(project) == folder and again.code == 1
+    assert "the sweep in" in again.err and "2 of its 4 jobs are not done" in again.err
+    later = [job.started for job in Ledger(folder).jobs()]
+    assert [before == after for before, after in zip(begun, later, strict=True)] == [True, False, True, False]
+
+
+def test_a_sweep_that_was_killed_goes_on(project: Path, cache: Path) -> None:
+    process = start(project, *WORDS, "clip.limit=0.2,0.4,0.6", cache=cache)
+    until = time.monotonic() + 200
+    while not any('"done"' in path.read_text() for path in project.glob("outputs/sweeps/*/jobs/0.json")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    folder = only(project)
+    assert State.waiting in states(folder)
+    first = (folder / "0" / "report.json").stat().st_mtime_ns
+    done = start(project, *WORDS, "clip.limit=0.2,0.4,0.6", cache=cache)
+    _, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert states(only(project)) == [State.done] * 3
+    assert (folder / "0" / "report.json").stat().st_mtime_ns == first
+    assert f"job 0 is done: {folder}/0" in err
+
+
+def test_jobs_at_once_share_results_and_cores(optpipe: Any, project: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = optpipe(*WORDS, "hydra/launcher=parallel", "clip.limit=0.5,1.0", "seed=0")
+    assert done.code == 0, done.err
+    assert states(only(project)) == [State.done] * 2
+
+
+def test_the_folder_is_one_sweeps(tmp_path: Path) -> None:
+    folder_for(tmp_path / "a", ["seed=1,2"], [["seed=1"], ["seed=2"]], "it")
+    with pytest.raises(RecipeError, match=r"holds another sweep \(seed=1,2\); give it a folder of its own"):
+        folder_for(tmp_path / "a", ["seed=1,3"], [], "it")
+    with alone(tmp_path / "a", "it"), pytest.raises(RecipeError, match="another process runs the sweep in"):
+        with alone(tmp_path / "a", "it"):
+            pass
+
+
+def test_a_job_whose_process_has_ended_waits_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(["seed=1,2"], [["seed=1"], ["seed=2"]])
+    with ledger.running(0, ["seed=1"]):
+        assert [job.state for job in ledger.jobs()] == [State.running, State.waiting]
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    told = json.loads((tmp_path / "jobs" / "0.json").read_text())
+    (tmp_path / "jobs" / "0.json").write_text(json.dumps({**told, "state": "running", "pid": process.pid}))
+    (tmp_path / "jobs" / "1.json").write_text("{")  # cut off by a full disk
+    assert [job.state for job in ledger.jobs()] == [State.waiting, State.waiting]
+
+
+def test_the_rest_is_expected_to_take_as_long() -> None:
+    done = [Job(number=i, state=State.done, seconds=60.0) for i in range(2)]
+    assert left([*done, Job(number=2), Job(number=3)]) == "; about 2 min left"
+    assert left(done) == ""
+
+
+def test_jobs_are_numbered_as_hydra_does() -> None:
+    words = ["+recipe=edge_int8", "prune.ratio=0.3,0.5", "seed=0,1", "hydra/launcher=parallel"]
+    found = [job[1:] for job in combinations(words)]
+    assert found == [
+        ["prune.ratio=0.3", "seed=0"], ["prune.ratio=0.3", "seed=1"],
+        ["prune.ratio=0.5", "seed=0"], ["prune.ratio=0.5", "seed=1"],
+    ]  # fmt: skip
+    assert combinations([*words, "hydra/sweeper=search"]) == []
+
+
+def ran(name: str, speed: float, size: int, delta: float, status: str = "ok") -> Run:
+    """A run whose intervals are a tenth of its speed-up and half a point wide."""
+    latency = reports.latency(speedup=speed, speedup_ci95=(0.95 * speed, 1.05 * speed))
+    quality = reports.quality(delta=delta, delta_ci95=(delta - 0.0025, delta + 0.0025))
+    final = reports.measurement(size_bytes=size, latency=[latency], quality=quality)
+    return Run(name, Path(name), reports.of(final, status))
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    fast, small = ran("fast", 10, 50_000, -0.01), ran("small", 5, 10_000, -0.01)
+    good, twin = ran("good", 2, 90_000, 0.0), ran("twin", 10.2, 50_000, -0.012)
+    beaten = ran("beaten", 4, 60_000, -0.02)
+    names = [[found.run.name for found in group] for group in front([good, beaten, fast, small, twin])]
+    assert names == [["twin", "fast"], ["small"], ["good"]]
+
+
+def test_the_best_keeps_its_budget() -> None:
+    over, fast, small = (
+        ran("over", 20, 10_000, -0.1, "over_budget"), ran("fast", 10, 50_000, -0.01), ran("small", 9.9, 40_000, -0.01)
+    )  # fmt: skip
+    found = best([over, fast, small])
+    assert found is not None and found.name == "small"  # as fast as can be told
+    assert best([over]) is None
