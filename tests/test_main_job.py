@@ -59,6 +59,11 @@ def test_sizes_are_those_of_the_files(edge_run: Finished) -> None:
     assert report["baseline"]["size_bytes"] == (edge_run.run / "00_baseline" / "weights.safetensors").stat().st_size
 
 
+def test_equal_files_are_timed_once(edge_run: Finished) -> None:
+    quantize, trace, export = (stage["measurement"]["latency"][0] for stage in edge_run.report["stages"][3:6])
+    assert quantize["samples"] == trace["samples"] == export["samples"]
+
+
 def test_report_has_the_keys_of_the_contract(edge_run: Finished) -> None:
     report = edge_run.report
     top = "schema status recipe overrides mlflow_run_id seconds environment baseline stages final budget"

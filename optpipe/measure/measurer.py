@@ -605,8 +605,9 @@ def _named(inputs: Inputs) -> dict[str, Any]:
 
 def _file_hash(contender: Contender) -> str:
     """Of the bytes that the contender runs."""
+    name = contender.form or RUNTIMES[contender.runtime][0]
+    code = [contender.folder / "module.pt"] if name == "torch" else []  # what is shipped of a module is its weights
     digest = hashlib.sha256()
-    for path in sorted(contender.folder.iterdir()):
-        if path.is_file():
-            digest.update(path.read_bytes())
+    for path in [*form(name).files(contender.folder), *code]:
+        digest.update(path.read_bytes())
     return digest.hexdigest()

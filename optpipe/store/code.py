@@ -175,7 +175,7 @@ def _imports(text: str, package: str) -> Iterator[str]:
         above = package.split(".")[: len(package.split(".")) - dots + 1] if dots else []
         module = ".".join([*above, *filter(None, [origin.lstrip(".")])])
         names.append(module)
-        if _file(module) and not _is_elsewhere(module):
+        if not _is_elsewhere(module) and _file(module):  # in this order: to find a submodule imports its package
             members = (part.split(" as ")[0].strip() for part in re.sub(r"#.*", "", listed.strip("()")).split(","))
             names += [f"{module}.{member}" for member in members if member and _file(f"{module}.{member}")]
     for name in names:
