@@ -101,9 +101,10 @@ class Ledger:
     @contextmanager
     def running(self, number: int, overrides: Sequence[str]) -> Iterator[Outcome]:
         """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
-        begin, outcome = time.time(), Outcome()
+        begin, outcome, planned = time.time(), Outcome(), self.told["jobs"]
+        words = planned[number] if number < len(planned) else overrides  # as a person wrote them, not as Hydra does
         job = Job(
-            number=number, overrides=list(overrides), state=State.running, host=socket.gethostname(), pid=os.getpid(),
+            number=number, overrides=list(words), state=State.running, host=socket.gethostname(), pid=os.getpid(),
             started=begin,
         )  # fmt: skip
         self.write(job)
@@ -124,7 +125,7 @@ class Ledger:
         jobs = self.jobs()
         over = sum(found.state in (State.done, State.failed) for found in jobs)
         common = common_overrides(jobs)
-        reason = f": {job.reason.splitlines()[0]}" if job.reason else ""
+        reason = f": {' '.join(line.strip() for line in job.reason.splitlines()[:2])}" if job.reason else ""
         say(f"[{over} of {len(jobs)} jobs] {job.number} {job.state.value}, {job.said(common)}{reason}{left(jobs)}")
 
 
