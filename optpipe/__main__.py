@@ -62,6 +62,10 @@ def _hydra(command: Any) -> int:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except SystemExit as ended:  # Hydra ends what its launcher cannot do; of a sweep there is more to say
+        if not command.is_sweep:
+            raise
+        return ended.code if isinstance(ended.code, int) else 1
     return outcome["code"]
 
 
@@ -75,8 +79,7 @@ def _sweep(command: Any) -> int:
     try:
         jobs = compose.combinations(command.overrides)
         folder = sweep.folder_for(command.sweep_dir, command.argv(), jobs, command.subject)
-        if command.sweep_dir is None:
-            command.overrides.append(f"hydra.sweep.dir={folder}")
+        command.move_sweep_to(folder.absolute())
         ledger = sweep.Ledger(folder)
         with sweep.alone(folder, command.subject), sweep.watched(ledger):
             code = _hydra(command)
@@ -90,7 +93,8 @@ def _sweep(command: Any) -> int:
             print(f"job {job.number} {job.state.value}: {job.reason or job.said()}", file=sys.stderr)
     if code == EXIT_INTERRUPTED or any(job.state is sweep.State.waiting for job in found):
         print("the same command goes on with what is not done", file=sys.stderr)
-    return max(code, *(job.code for job in found)) if found else code
+    undone = any(job.state is not sweep.State.done for job in found)
+    return max(code, int(undone), *(job.code for job in found))
 
 
 _first_job = True

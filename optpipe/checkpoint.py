@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import pickle
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Checkpoint:
 
     folder: Path
     of: dict[str, str] = field(default_factory=dict)  # what the training depends on beside its model and schedule
+    is_spare: bool = False  # nobody asked for it: one that cannot be used is left, and the training begins anew
 
     @property
     def path(self) -> Path:
@@ -41,10 +42,19 @@ class Checkpoint:
             item.name: str(getattr(schedule, item.name))
             for item in dataclasses.fields(Schedule)  # a stage's other settings are in `of`
         }
-        return Checkpoint(folder=self.folder, of={"model": content_hash(model), **settings, **self.of})
+        return replace(self, of={"model": content_hash(model), **settings, **self.of})
 
     def read(self) -> dict[str, Any] | None:
         """The state that was kept, or None if there is none. StageError if it is of another training."""
+        try:
+            return self._read()
+        except StageError:
+            if not self.is_spare:
+                raise
+            self.remove()
+            return None
+
+    def _read(self) -> dict[str, Any] | None:
         if not self.path.exists():
             return None
         try:

@@ -62,6 +62,11 @@ class Command:
         key = "hydra.sweep.dir="
         return next((Path(o.removeprefix(key)) for o in self.overrides if o.startswith(key)), None)
 
+    def move_sweep_to(self, folder: Path) -> None:
+        """Run the sweep in `folder`, whatever was named."""
+        self.overrides = [o for o in self.overrides if not o.startswith("hydra.sweep.dir=")]
+        self.overrides.append(f"hydra.sweep.dir='{folder}'")
+
     def argv(self) -> list[str]:
         """Overrides first: Hydra does not parse those that follow a flag with a value."""
         return [*self.overrides, *self.flags]

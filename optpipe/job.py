@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def run(config: DictConfig, command: Command, started: float) -> int:
         compose.prepare(command)
     if command.is_sweep:
         machine.share_cores(here.at_once)
-        return _in_sweep(config, command, here, started)
+        return _in_sweep(config, command, here, time.perf_counter())  # `started` may be another process's clock
     try:
         return _show(_executed(config, command, here, started), here.folder)
     except (OptpipeError, OSError) as error:
@@ -46,11 +47,18 @@ def run(config: DictConfig, command: Command, started: float) -> int:
 
 def _in_sweep(config: DictConfig, command: Command, here: compose.Here, started: float) -> int:
     ledger = Ledger(here.sweep_folder)
-    if (before := ledger.job(here.number)).state is State.done:
+    before = ledger.job(here.number)
+    if before.state is State.done:
         say(f"job {here.number} is done: {here.folder}")
         return before.code
-    cleared(here.folder)
-    with ledger.running(here.number, here.overrides) as outcome:
+    if before.state is State.running:
+        say(
+            f"job {here.number} is left alone: process {before.pid} of {before.host} runs it; if that is not so, "
+            f"delete jobs/{here.number}.json in {here.sweep_folder}"
+        )
+        return EXIT_PROBLEM
+    cleared(here.folder, before)
+    with ledger.running(here.number, here.overrides, here.folder) as outcome:
         try:
             outcome.code = _show(_executed(config, command, here, started), here.folder)
         except Exception:

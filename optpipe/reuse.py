@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,12 +31,11 @@ from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResu
 from optpipe.report.schema import typed
 from optpipe.schedule import Schedule
 from optpipe.store import Key, NoStore, Results
-from optpipe.store.code import UnknownCode, code_of, code_of_modules, value_of
-from optpipe.task import SPLITS, Split, Task
+from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
+from optpipe.task import SPLITS, Split, Task, size_of
 
 SAMPLES = "samples"  # in a run's folder, and in an entry beside the files of a step
 KEY = "key.json"  # in a step's folder
-MEASURED_BY = ("optpipe.measure.measurer", "optpipe.measure.worker", "optpipe.measure.quality")
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,9 @@ class Reuse:
         try:
             code = code_of_modules(model) if isinstance(model, nn.Module) else ""
             data = data_of(self.task, self.plan)
-            versions = fingerprint.package_versions()
-            versions.pop("optpipe")  # its code is in the key
+            versions = fingerprint.package_versions() | {"optpipe": code_of_optpipe()}
             self._common = {"baseline": baseline, "model code": code, "data": data, "versions": versions}
-            self._machine = fingerprint.machine() | {"measuring code": _code_of_files(MEASURED_BY)}
+            self._machine = fingerprint.machine()
         except UnknownCode as error:
             self._say(f"{error}; nothing of this run is kept or used again")
 
@@ -166,7 +164,7 @@ class Reuse:
     def predictions(self, hash: str, engine: str, split: Split, compute: Callable[[], Predictions]) -> Predictions:
         """What a model said on a split before, or what `compute` gives."""
         where = {"hash": hash, "engine": engine, "split": split, "target": _spoken(asdict(self.plan.target))}
-        key = self._key("predictions", where, of_machine=False)
+        key = self._key("predictions", where)
         if key is None:
             return compute()
         with tempfile.TemporaryDirectory() as name:
@@ -237,10 +235,10 @@ class Reuse:
         limits = _spoken(asdict(self.plan.budget))
         return Key(key.kind, key.parts | {"machine": self._machine, "measure": self._measure(), "budget": limits})
 
-    def _key(self, kind: str, parts: dict[str, Any], *, of_machine: bool = True) -> Key | None:
+    def _key(self, kind: str, parts: dict[str, Any]) -> Key | None:
         if self._common is None:
             return None
-        machine = {"machine": self._machine, "measure": self._measure()} if of_machine else {}
+        machine = {"machine": self._machine, "measure": self._measure()}
         return Key(kind, self._common | {"target": _spoken(asdict(self.plan.target))} | machine | parts)
 
     def _measure(self) -> dict[str, Any]:
@@ -281,23 +279,21 @@ def data_of(task: Task, plan: Plan) -> dict[str, Any]:
         raise UnknownCode("the task has no fingerprint, so that its data cannot be identified")
     given = {name: value_of(getattr(task, name), f"the task's {name}") for name in (
         "fingerprint", "metric", "loss", "outputs", "input_names", "output_names", "preprocess", "postprocess",
-        "class_names", "slices",
+        "class_names", "slices", "example_inputs",
     )}  # fmt: skip
-    made = {"factory": plan.data.factory, "args": _spoken(plan.data.args)} if plan.data.factory else {}
+    made = {"factory": value_of(plan.data.factory, "data.factory"), "args": _spoken(plan.data.args)}
     return {**given, **made, "batches": {split: _batches(getattr(task, split)) for split in SPLITS}}
 
 
 def _batches(split: Any) -> str:
-    """How a split is read, as far as it says."""
+    """How a split is read, as far as it says: the fingerprint is of the data, not of how they are cut. UnknownCode."""
+    kind = value_of(type(split), "the task's data")
     if isinstance(split, DataLoader):
-        return f"{len(split)} of {split.batch_size}, {type(split.sampler).__name__}, drop_last {split.drop_last}"
-    return type(split).__qualname__
-
-
-def _code_of_files(modules: tuple[str, ...]) -> str:
-    from optpipe.store.code import code_of_module
-
-    return " ".join(map(code_of_module, modules))
+        kind += f" {value_of(type(split.dataset), 'a data set')} {value_of(split.collate_fn, 'collate_fn')}"
+        return f"{kind} {split.batch_size}, {type(split.sampler).__name__}, drop_last {split.drop_last}"
+    if isinstance(split, Sequence):
+        return f"{kind} {[size_of(inputs) for inputs, _ in split]}"
+    return kind
 
 
 def _spoken(value: Any) -> Any:

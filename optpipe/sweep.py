@@ -48,6 +48,7 @@ class Job:
     seconds: float = 0.0
     reason: str = ""  # why it failed
     code: int = 0  # that it would have ended with, had it been run alone
+    folder: str = ""
     host: str = ""
     pid: int = 0
     started: float = 0.0  # seconds since 1970
@@ -99,13 +100,13 @@ class Ledger:
         _write(self.folder / JOBS / f"{job.number}.json", {**asdict(job), "state": job.state.value})
 
     @contextmanager
-    def running(self, number: int, overrides: Sequence[str]) -> Iterator[Outcome]:
+    def running(self, number: int, overrides: Sequence[str], folder: Path = Path()) -> Iterator[Outcome]:
         """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
         begin, outcome, planned = time.time(), Outcome(), self.told["jobs"]
         words = planned[number] if number < len(planned) else overrides  # as a person wrote them, not as Hydra does
         job = Job(
             number=number, overrides=list(words), state=State.running, host=socket.gethostname(), pid=os.getpid(),
-            started=begin,
+            started=begin, folder=str(folder),
         )  # fmt: skip
         self.write(job)
         try:
@@ -160,6 +161,8 @@ def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[
     Raises RecipeError if the named folder holds another sweep.
     """
     if root is not None:
+        if "${" in str(root):
+            raise RecipeError([f"hydra.sweep.dir is '{root}'; name a folder, without ${{…}}"], subject)
         if not (root / FILE).exists():
             Ledger(root).begin(words, jobs)
         elif (other := Ledger(root).told["command"]) != list(words):
@@ -201,8 +204,10 @@ def alone(folder: Path, subject: str) -> Iterator[None]:
         lock.release()
 
 
-def cleared(folder: Path) -> None:
-    """Remove what an attempt that did not end left of a job; its finished steps are in the store."""
+def cleared(folder: Path, before: Job) -> None:
+    """Remove what an attempt that did not end, `before`, left in its folder; its finished steps are in the store."""
+    if before.folder != str(folder):
+        return  # what lies there is not of this job
     for path in folder.glob("*"):
         if path.name in KEPT:
             continue

@@ -19,6 +19,7 @@ from torch import fx, nn
 
 import optpipe.operators  # noqa: F401  registers those of optpipe's own
 from optpipe.progress import quiet
+from optpipe.store.code import attributes
 
 NAME = "torch"
 
@@ -54,7 +55,10 @@ def as_callable(model: nn.Module) -> Callable[..., Any]:
 
 def content_hash(model: nn.Module) -> str:
     digest = hashlib.sha256(structure(model).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, module in model.named_modules():
+        digest.update(f"{name} {attributes(module, name, strict=False)}".encode())
+    tensors = {**dict(model.named_buffers()), **model.state_dict()}  # not every buffer is saved with the weights
+    for name, tensor in sorted(tensors.items()):
         update_with_tensor(digest, name, tensor)
     return digest.hexdigest()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -22,6 +23,8 @@ from typing import Any, Protocol
 from optpipe.machine import user_cache
 from optpipe.progress import say
 
+KINDS = ("step", "figures", "predictions", "rehearsal")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 FORMAT = 1  # of entries; those of another are not read
 ENTRY, FILES = "entry.json", "files"
 ASIDE, LOCKS, ADDED = "aside", "locks", "added"  # beside the kinds
@@ -76,7 +79,10 @@ class Entry:
     @property
     def used(self) -> float:
         """When it was used last, in seconds since 1970; never later than now, whatever a clock said."""
-        return min(time.time(), (self.path / ENTRY).stat().st_mtime)
+        try:
+            return min(time.time(), (self.path / ENTRY).stat().st_mtime)
+        except FileNotFoundError:  # another process has removed it
+            return 0.0
 
 
 class Damaged(Exception):
@@ -202,6 +208,9 @@ class Store:
             shutil.rmtree(aside, ignore_errors=True)
             self._is_writable = False
             say(f"store: {self.root} cannot be written to ({error.strerror}); from here on nothing is kept")
+        except (TypeError, ValueError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            say(f"store: the {key.spoken()} is not kept: what it recorded cannot be written as JSON ({error})")
 
     @contextmanager
     def alone(self, key: Key) -> Iterator[None]:
@@ -243,8 +252,12 @@ class Store:
             added = sum(map(int, (self.root / ADDED).read_text().split()))
         except (OSError, ValueError):
             return
-        if added > COLLECT_AFTER * self.limit_bytes:
+        if added <= COLLECT_AFTER * self.limit_bytes:
+            return
+        try:
             self.collect(self.limit_bytes)
+        except OSError as error:  # another process does the same, or it is read-only: no run fails by that
+            say(f"store: {self.root} could not be kept to its limit ({error.strerror})")
 
     def entries(self) -> Iterator[Entry]:
         """All that can be read, without a look at their files."""
@@ -256,9 +269,8 @@ class Store:
 
     def paths(self) -> Iterator[Path]:
         """The folder of every entry."""
-        for kind in sorted(self.root.iterdir()):
-            if kind.is_dir() and kind.name not in (ASIDE, LOCKS, PARTIAL):
-                yield from sorted(kind.glob("??/*"))
+        for kind in KINDS:
+            yield from (path for path in sorted((self.root / kind).glob("??/*")) if DIGEST.fullmatch(path.name))
 
     def collect(self, limit_bytes: int) -> tuple[int, int]:
         """Remove the least recently used entries above `limit_bytes`, and what killed processes and versions left.
@@ -269,10 +281,10 @@ class Store:
         readable = {entry.path for entry in kept}
         for path in [path for path in self.paths() if path not in readable]:
             removed += self.remove(path)
-        for folder in (ASIDE, PARTIAL, LOCKS):
+        for folder in (ASIDE, PARTIAL):
             for path in (self.root / folder).glob("*"):
                 if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+                    shutil.rmtree(path, ignore_errors=True)
         total = sum(entry.size_bytes for entry in kept)
         for entry in sorted(kept, key=lambda entry: entry.used):
             if total <= limit_bytes:
@@ -348,7 +360,7 @@ def _write(aside: Path, key: Key, content: dict[str, Any], files: Files) -> int:
         "format": FORMAT, "kind": key.kind, "key": key.parts, "content": content, "files": sums, "size_bytes": size,
         "made": time.time(),
     }  # fmt: skip
-    told = json.loads(json.dumps(told, default=str))  # as it will be read
+    told = json.loads(json.dumps(told, default=_plain))  # as it will be read
     text = json.dumps({**told, "sha256": hashlib.sha256(_canonical(told)).hexdigest()}, indent=1)
     with (aside / ENTRY).open("w") as file:
         file.write(text)
@@ -389,4 +401,9 @@ def _sha256(path: Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number as Python's, anything else in words."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)

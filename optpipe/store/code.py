@@ -1,7 +1,7 @@
 """What code a class or function is: a hash over its module and all that this imports of its own project.
 
 A change of a comment counts as a change, so that what is said to be the same is the same. Of other distributions the
-version stands for the code.
+version stands for the code; of optpipe all of its own sources do.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import inspect
 import re
 import sys
 import sysconfig
+import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ import torch
 
 from optpipe.errors import OptpipeError
 
+OPTPIPE = __package__.partition(".")[0]
+BEGUN = time.time()  # what was written later may not be what runs
+DEPTH = 8  # of objects in objects
 ELSEWHERE = tuple(
     Path(sysconfig.get_paths()[name]).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
@@ -60,7 +64,7 @@ def code_of(thing: type | types.FunctionType) -> str:
     return digest.hexdigest()
 
 
-def value_of(value: Any, what: str) -> str:
+def value_of(value: Any, what: str, depth: int = DEPTH) -> str:
     """`value` in words that are the same for the same value in every process. Raises UnknownCode where it has none.
 
     A string that names importable code stands for that code too, and one that names a file for its content.
@@ -73,43 +77,72 @@ def value_of(value: Any, what: str) -> str:
     if isinstance(value, Enum):
         return f"{type(value).__qualname__}.{value.name}"
     if isinstance(value, Path):
-        return value_of(str(value), what)
+        return value_of(str(value), what, depth)
     if isinstance(value, (torch.dtype, torch.device, torch.Size)):
         return repr(value)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return _array(torch.as_tensor(value))
     if isinstance(value, Mapping):
-        parts = (f"{value_of(key, what)}: {value_of(item, what)}" for key, item in value.items())
+        parts = (f"{value_of(key, what, depth)}: {value_of(item, what, depth)}" for key, item in value.items())
         return f"{{{', '.join(parts)}}}"
     if isinstance(value, (set, frozenset)):
-        return f"{{{', '.join(sorted(value_of(item, what) for item in value))}}}"
+        return f"{{{', '.join(sorted(value_of(item, what, depth) for item in value))}}}"
     if isinstance(value, Sequence):
-        return f"[{', '.join(value_of(item, what) for item in value)}]"
+        return f"[{', '.join(value_of(item, what, depth) for item in value)}]"
     if isinstance(value, (type, types.FunctionType)):
         return code_of(value)
     if isinstance(value, (types.BuiltinFunctionType, types.ModuleType)):
         return value.__name__
     if isinstance(value, functools.partial):
-        return value_of([value.func, list(value.args), value.keywords], what)
+        return value_of([value.func, list(value.args), value.keywords], what, depth)
     if isinstance(value, types.MethodType):
-        return value_of([value.__func__, value.__self__], what)
+        return value_of([value.__func__, value.__self__], what, depth)
     if is_dataclass(value) and not isinstance(value, type):
         held = {item.name: getattr(value, item.name) for item in fields(value)}
-        return f"{code_of(type(value))} {value_of(held, what)}"
+        return f"{code_of(type(value))} {value_of(held, what, depth)}"
     if isinstance(value, torch.nn.Module):
         from optpipe.forms.torch import content_hash
 
         return f"{code_of_modules(value)} {content_hash(value)}"
+    if depth and hasattr(value, "__dict__") and not isinstance(value, (types.GeneratorType, types.CodeType)):
+        held = {name: value_of(part, f"{what}.{name}", depth - 1) for name, part in sorted(vars(value).items())}
+        return f"{code_of(type(value))} {held}"
     raise UnknownCode(
         f"{what} is of type {type(value).__module__}.{type(value).__qualname__}, which cannot be compared"
     )
 
 
 def code_of_modules(model: torch.nn.Module) -> str:
-    """Sha256 of the code of every class in the tree of `model`. Raises UnknownCode."""
+    """Sha256 of the code of every class in the tree of `model`. Raises UnknownCode, also for what a module holds."""
     found = {type(module) for module in model.modules() if not isinstance(module, torch.fx.GraphModule)}
     own = sorted(code_of(cls) for cls in found if not cls.__module__.startswith("torch."))
+    for name, module in model.named_modules():
+        attributes(module, name)
     return hashlib.sha256(" ".join(own).encode()).hexdigest()
+
+
+OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+
+
+def attributes(module: torch.nn.Module, name: str, *, strict: bool = True) -> str:
+    """What a module holds beside parameters, buffers and modules, in words. Raises UnknownCode where it is `strict`.
+
+    A graph's is its code. What torch's own modules keep to themselves follows from what they show.
+    """
+    if isinstance(module, torch.fx.GraphModule):
+        return ""
+    is_torchs = type(module).__module__.startswith("torch.")
+    found = []
+    for key, value in sorted(vars(module).items()):
+        if key in OF_EVERY_MODULE or (is_torchs and key.startswith("_")):
+            continue
+        try:
+            found.append(f"{key}={value_of(value, f'{name or type(module).__name__}.{key}')}")
+        except (UnknownCode, RecursionError) as error:
+            if strict:
+                raise UnknownCode(str(error)) from error
+            found.append(f"{key}: {type(value).__qualname__}")
+    return ", ".join(found)
 
 
 def _plain(constant: Any) -> bool:
@@ -156,6 +189,8 @@ def _closure(name: str) -> str:
         if file is None or _is_elsewhere(module):
             parts.append(f"{module.partition('.')[0]} {_version(module.partition('.')[0])}")
             continue
+        if file.stat().st_mtime > BEGUN:
+            raise UnknownCode(f"{file} was changed while this process ran, so that it may run what is no longer there")
         text = file.read_text(errors="replace")
         parts.append(f"{module} {hashlib.sha256(text.encode()).hexdigest()}")
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
@@ -201,16 +236,13 @@ def _file(name: str) -> Path | None:
 
 @functools.cache
 def _is_elsewhere(name: str) -> bool:
-    """Whether a module is of the standard library or of a distribution that was installed, whose version tells it.
-
-    optpipe's own are read wherever they lie.
-    """
+    """Whether a module is of the standard library, optpipe, or a distribution whose version tells its code."""
     top = name.partition(".")[0]
-    if top == __package__.partition(".")[0]:
-        return False
+    if top == OPTPIPE:
+        return True
     if top in sys.stdlib_module_names or top in sys.builtin_module_names:
         return True
-    file = _file(top)
+    file = _file(top) or (_file(name) if _is_namespace(top) else None)
     if file is None:
         return top in sys.modules and inspect.ismodule(sys.modules[top]) and _version(top) != "unknown"
     return any(file.is_relative_to(folder) for folder in ELSEWHERE)
@@ -220,7 +252,30 @@ def _is_elsewhere(name: str) -> bool:
 def _version(top: str) -> str:
     if top in sys.stdlib_module_names:
         return sys.version.split()[0]
+    if top == OPTPIPE:
+        return code_of_optpipe()
     try:
         return version(top.replace("_", "-"))
     except PackageNotFoundError:
-        return str(getattr(sys.modules.get(top), "__version__", "unknown"))
+        names = packages_distributions().get(top, [])  # scikit-learn is imported as sklearn
+        return " ".join(f"{name} {version(name)}" for name in names) or "unknown"
+
+
+def _is_namespace(top: str) -> bool:
+    """Whether a package has no file of its own, so that its modules may lie anywhere."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is None and spec.submodule_search_locations is not None
+
+
+@functools.cache
+def code_of_optpipe() -> str:
+    """Sha256 over the sources of optpipe and its stages: engines and forms are imported by their names."""
+    digest = hashlib.sha256()
+    for package in (OPTPIPE, f"{OPTPIPE}.stages"):
+        root = (_file(package) or Path(__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return digest.hexdigest()

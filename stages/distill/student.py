@@ -66,7 +66,7 @@ def learn(student: nn.Module, loss: Loss, settings: Learning, ctx: Context, desc
         fabric=ctx.fabric,
         judge=HeldOutLoss(held, loss),
         description=description,
-        checkpoint=Checkpoint(folder=folder, of=of),
+        checkpoint=Checkpoint(folder=folder, of=of, is_spare=not settings.checkpoint),
     )
     _tell(history, settings, ctx)
     return history

@@ -105,7 +105,8 @@ class Qat(Schedule):
         own = ("held_out", "alpha", "temperature", "freeze_after", "weights", "signedness", "placement", "keep")
         of = {name: str(getattr(self, name)) for name in own}
         of |= {"method": "qat", "data": data_of(ctx.task), "teacher": content_hash(ctx.baseline), "seed": str(ctx.seed)}
-        return Checkpoint(folder=Path(self.checkpoint) if self.checkpoint else ctx.checkpoints, of=of)
+        folder = Path(self.checkpoint) if self.checkpoint else ctx.checkpoints
+        return Checkpoint(folder=folder, of=of, is_spare=not self.checkpoint)
 
     def _best(self, prepared: GraphModule, untrained: dict[str, object], before: float, scores: list[float]) -> int:
         """The epoch that is kept, counted from 1; 0, and the calibrated state put back, if training did not help."""
