@@ -1,7 +1,7 @@
 """python -m optpipe.tracking push RUN…: deliver to MLflow what a run could not, or was not asked to.
 
 It makes the run that the tracker would have made, once: what was delivered before is not delivered again, and what was
-interrupted is completed. The exit code is 1 if a run could not be delivered, 0 if it is there, by this command or before.
+interrupted is completed. The exit code is 1 if a run could not be delivered, 0 if it is there now.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def push(folder: Path, uri: str | None = None, experiment: str | None = None) ->
         events = journal.read()
         if run_id := _delivered(events, report):
             return f"already delivered as run {run_id}"
-        if not events:
-            events = of_report(report, folder, _first(report, folder))
-            journal.add(*events)
+        if not events or events[-1].kind != "finish":
+            events = of_report(report, folder, events[0].content if events else _first(report, folder))
+            journal.replace(events)
         begin = _elsewhere(events[0], uri, experiment)
         run_id = _deliver([begin, *events[1:]], folder)
         journal.add(Event.of("delivered", {"run_id": run_id}))

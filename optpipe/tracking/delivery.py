@@ -163,6 +163,13 @@ class Delivery:
         )
 
 
+def cannot_connect(error: BaseException) -> bool:
+    """Whether `error` says that this installation has no driver for a store, whatever state the store is in."""
+    from sqlalchemy.exc import ArgumentError
+
+    return isinstance(error, (ImportError, ArgumentError))
+
+
 @contextmanager
 def _environment(wanted: dict[str, str]) -> Iterator[None]:
     """MLflow's variables as `wanted`, unless the user has set them; afterwards as they were."""

@@ -39,7 +39,7 @@ def headline(figures: dict[str, float]) -> dict[str, float]:
 
 
 def prefixed(prefix: str, figures: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in figures.items()}
+    return {named(f"{prefix}/{name}"): value for name, value in figures.items()}
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, str]:
@@ -50,4 +50,9 @@ def flat(config: Any, prefix: str = "") -> dict[str, str]:
             for key, inner in config.items()
             for name, value in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
         }
-    return {FORBIDDEN.sub("_", prefix)[:NAME_LIMIT]: str(config)[:PARAM_LIMIT]} if prefix else {}
+    return {named(prefix): str(config)[:PARAM_LIMIT]} if prefix else {}
+
+
+def named(text: str) -> str:
+    """`text` as MLflow takes it: it refuses `quantize+trace`, the key of a branch."""
+    return FORBIDDEN.sub("_", text)[:NAME_LIMIT]

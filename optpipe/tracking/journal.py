@@ -14,6 +14,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from optpipe.errors import OptpipeError
+from optpipe.progress import log
 from optpipe.report import NotMeasured, Report
 from optpipe.report.schema import FILE as REPORT
 
@@ -59,24 +60,36 @@ class Journal:
             self._lock.release()
 
     def hold(self) -> None:
-        """As `alone`, until `release` or the end of this process."""
-        self._lock.acquire(timeout=0)
+        """As `alone`, until `release` or the end of this process; where files cannot be locked, nothing."""
+        try:
+            self._lock.acquire(timeout=0)
+        except (OSError, NotImplementedError):
+            log.info("%s cannot be locked", self.path.parent, exc_info=True)
 
     def release(self) -> None:
         self._lock.release()
 
-    def add(self, *events: Event) -> None:
+    def add(self, event: Event) -> None:
         """Append. Raises OSError where that cannot be written."""
-        lines = "".join(json.dumps(asdict(event)) + "\n" for event in events)
         with self.path.open("a") as file:
-            file.write(lines)
+            file.write(json.dumps(asdict(event)) + "\n")
+
+    def replace(self, events: list[Event]) -> None:
+        """Hold `events` and no others, whole or not at all."""
+        partial = self.path.with_name(f".{FILE}.partial")
+        partial.write_text("".join(json.dumps(asdict(event)) + "\n" for event in events))
+        partial.rename(self.path)
 
     def read(self) -> list[Event]:
-        """What was told; the last line may be cut off, since nothing came after it."""
+        """What was told. Raises OptpipeError if that cannot be read."""
         if not self.path.exists():
             return []
-        *lines, _ = self.path.read_text().split("\n")
-        return [Event(**json.loads(line)) for line in lines]
+        try:
+            return [Event(**json.loads(line)) for line in self.path.read_text().splitlines()]
+        except (ValueError, TypeError) as error:
+            raise OptpipeError(
+                f"{self.path} is damaged ({error}); without it, push takes what report.json has"
+            ) from None
 
 
 def start(config: dict[str, Any], folder: Path, *, uri: str, experiment: str, artifacts: str | None) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from optpipe.errors import RecipeError, named_reason, reason
 from optpipe.progress import log, say
 from optpipe.report import Measurement, Report, StageResult
 from optpipe.tracking import Tracking, journal
-from optpipe.tracking.delivery import Delivery
+from optpipe.tracking.delivery import Delivery, cannot_connect
 from optpipe.tracking.journal import Event, Journal, Kind
 
 PUSH = "python -m optpipe.tracking push"
@@ -36,13 +34,8 @@ class MlflowTracker:
         Raises RecipeError if this installation lacks what such a store needs.
         """
         self._folder, self._journal, self._delivery = folder, Journal(folder), Delivery(folder)
-        with self._harmless():
-            self._journal.hold()
-        try:
-            self._tell("start", first(self.settings, config, folder, self.root))
-        except ImportError as error:
-            problem = f"tracking.uri is '{self.settings.uri}', and its driver is missing ({reason(error)}); install it"
-            raise RecipeError([f"{problem}, or take another store, or tracking=none"]) from error
+        self._journal.hold()
+        self._tell("start", first(self.settings, config, folder, self.root))
         return self._delivery.run_id
 
     def baseline(self, measurement: Measurement) -> None:
@@ -59,34 +52,39 @@ class MlflowTracker:
 
     def finish(self, report: Report, folder: Path) -> None:
         self._tell("finish", journal.finish(report))
-        with self._harmless():
-            if not self._is_down:
-                self._journal.add(Event.of("delivered", {"run_id": self._delivery.run_id}))
-            self._journal.release()
+        if not self._is_down:
+            self._keep(Event.of("delivered", {"run_id": self._delivery.run_id}))
+        self._journal.release()
 
     def _tell(self, kind: Kind, content: dict[str, Any]) -> None:
         event = Event.of(kind, content)
-        if not self._is_down:
-            with self._harmless():
-                self._delivery.tell(event)
-        with self._harmless():
-            self._journal.add(event)
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        """Whatever MLflow, its database, the store of its artifacts or a full disk raise is said once, and no more."""
+        self._keep(event)
+        if self._is_down:
+            return
         ended_by = sys.exception()
         try:
-            yield
-        except ImportError:
-            raise
-        except Exception as error:
-            log.info("tracking failed", exc_info=True)
-            if not self._is_down:
-                uri = self.settings.store(self.root)
-                say(f"tracking: {uri} failed ({named_reason(origin(error, ended_by))}); this run goes on without it")
-                say(f"  deliver it later: {PUSH} {self._folder}")
+            self._delivery.tell(event)
+        except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
+            found = origin(error, ended_by)
+            if cannot_connect(found) and not self._delivery.run_id:
+                raise RecipeError([self._lacking(found)]) from error
             self._is_down = True
+            log.info("tracking failed", exc_info=True)
+            uri = self.settings.store(self.root)
+            say(f"tracking: {uri} failed ({named_reason(found)}); this run goes on without it")
+            say(f"  deliver it later: {PUSH} {self._folder}")
+
+    def _keep(self, event: Event) -> None:
+        try:
+            self._journal.add(event)
+        except OSError:  # a full disk, which the run itself tells of; what was delivered is not lost by it
+            log.info("%s cannot be written", self._journal.path, exc_info=True)
+
+    def _lacking(self, error: BaseException) -> str:
+        return (
+            f"tracking.uri is '{self.settings.uri}', and what connects to it is not installed ({reason(error)}); "
+            "install that, or take another store, or tracking=none"
+        )
 
 
 def first(settings: Tracking, config: dict[str, Any], folder: Path, root: Path) -> dict[str, Any]:
