@@ -72,6 +72,7 @@ class Server:
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                runs_at(self.uri)  # the first question opens its database
                 return
             except OSError:
                 time.sleep(0.2)
@@ -320,7 +321,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_message(
     [
         ("htp://127.0.0.1:5000", "MLflow has no 'htp' store; did you mean 'http'?"),
         ("http:/127.0.0.1:5000", "names no server; use http://HOST:PORT"),
-        ("http://127.0.0.1:five", "which is no address"),
+        ("http://me:secret@127.0.0.1:five", "uri is 'http://127.0.0.1:five', which is no address"),
         ("postgresql+nothing://127.0.0.1/x", "what connects to it is not installed"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import entry_points
@@ -45,6 +46,11 @@ class Tracking:
         return f"{prefix}{root / (self.uri or 'mlflow.db').removeprefix(prefix)}"
 
 
+def shown(uri: str) -> str:
+    """`uri` without the password that it may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
 def _check(uri: str) -> None:
     """Raise ValueError for what names no store, whatever may be reached."""
     scheme, separator, _ = uri.partition(":")
@@ -53,14 +59,16 @@ def _check(uri: str) -> None:
     known = {*SCHEMES, *(plugin.name for plugin in entry_points(group=PLUGINS))}
     if scheme.partition("+")[0] not in known:
         hint = did_you_mean(scheme, known) or "; use http://HOST:PORT, https://…, sqlite:///FILE or postgresql://…"
-        raise ValueError(f"uri is '{uri}', and MLflow has no '{scheme}' store{hint}")
+        raise ValueError(f"uri is '{shown(uri)}', and MLflow has no '{scheme}' store{hint}")
+    if scheme not in ("http", "https"):
+        return
     try:
         address = urlsplit(uri)
-        is_complete = scheme not in ("http", "https") or (address.hostname and address.port != 0)
+        host, _ = address.hostname, address.port
     except ValueError as error:
-        raise ValueError(f"uri is '{uri}', which is no address ({error}); use {scheme}://HOST:PORT") from None
-    if not is_complete:
-        raise ValueError(f"uri is '{uri}', which names no server; use {scheme}://HOST:PORT")
+        raise ValueError(f"uri is '{shown(uri)}', which is no address ({error}); use {scheme}://HOST:PORT") from None
+    if not host:
+        raise ValueError(f"uri is '{shown(uri)}', which names no server; use {scheme}://HOST:PORT")
 
 
 class Tracker(Protocol):

@@ -19,7 +19,7 @@ from optpipe.progress import log
 from optpipe.report import Report
 from optpipe.report.runs import read
 from optpipe.report.schema import FILE as REPORT
-from optpipe.tracking import Tracking
+from optpipe.tracking import Tracking, shown
 from optpipe.tracking.delivery import Delivery
 from optpipe.tracking.journal import Event, Journal, of_report
 from optpipe.tracking.live import first, origin
@@ -61,7 +61,7 @@ def push(folder: Path, uri: str | None = None, experiment: str | None = None) ->
         begin = _elsewhere(events[0], uri, experiment)
         run_id = _deliver([begin, *events[1:]], folder)
         journal.add(Event.of("delivered", {"run_id": run_id}))
-    return f"delivered as run {run_id} to {begin.content['uri']}"
+    return f"delivered as run {run_id} to {shown(begin.content['uri'])}"
 
 
 def _delivered(events: list[Event], report: Report) -> str:
@@ -99,7 +99,7 @@ def _deliver(events: list[Event], folder: Path) -> str:
                 _write_back(delivery.run_id, folder)
     except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
         log.info("push failed", exc_info=True)
-        uri = events[0].content["uri"]
+        uri = shown(events[0].content["uri"])
         raise OptpipeError(
             f"{folder} is not delivered: {uri} failed ({named_reason(origin(error))}); push it again when that works, "
             "or name another store with --uri"

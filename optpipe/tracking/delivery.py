@@ -19,7 +19,7 @@ from optpipe.tracking.journal import Event
 
 # MLflow has these in the environment only. Its own wait four minutes for a dead server, 0 retries and one time-out;
 # a request that is repeated because its answer was late would make a second run. Whoever has set one keeps it.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "8"}
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 SILENCE = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 OF_FILES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}  # a server may answer only when it has put a large model elsewhere
 

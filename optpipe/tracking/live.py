@@ -10,7 +10,7 @@ from typing import Any
 from optpipe.errors import RecipeError, named_reason, reason
 from optpipe.progress import log, say
 from optpipe.report import Measurement, Report, StageResult
-from optpipe.tracking import Tracking, journal
+from optpipe.tracking import Tracking, journal, shown
 from optpipe.tracking.delivery import Delivery, cannot_connect
 from optpipe.tracking.journal import Event, Journal, Kind
 
@@ -70,7 +70,7 @@ class MlflowTracker:
                 raise RecipeError([self._lacking(found)]) from error
             self._is_down = True
             log.info("tracking failed", exc_info=True)
-            uri = self.settings.store(self.root)
+            uri = shown(self.settings.store(self.root))
             say(f"tracking: {uri} failed ({named_reason(found)}); this run goes on without it")
             say(f"  deliver it later: {PUSH} {self._folder}")
 
@@ -81,9 +81,10 @@ class MlflowTracker:
             log.info("%s cannot be written", self._journal.path, exc_info=True)
 
     def _lacking(self, error: BaseException) -> str:
+        uri, missing = shown(self.settings.uri or ""), reason(error)
         return (
-            f"tracking.uri is '{self.settings.uri}', and what connects to it is not installed ({reason(error)}); "
-            "install that, or take another store, or tracking=none"
+            f"tracking.uri is '{uri}', and what connects to it is not installed ({missing}); install that, or take "
+            "another store, or tracking=none"
         )
 
 
