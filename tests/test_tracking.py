@@ -267,6 +267,19 @@ def test_what_is_pushed_is_what_the_tracker_makes(project: Path, store: str, emp
     assert push(untracked) == 0 and len(runs_at(other)) == 8
 
 
+def test_a_run_that_was_killed_at_its_very_end_is_taken_from_its_report(
+    project: Path, store: str, empty_mlflow: Path
+) -> None:
+    folder = run(project, "a", store)
+    journal = Journal(folder)
+    journal.replace(journal.read()[:4])
+    shutil.copy(empty_mlflow, project / "other.db")
+    other = f"sqlite:///{project / 'other.db'}"
+    assert push(folder, "--uri", other) == 0
+    assert list(content(other, folder)) == ["", "clip", "between", "clip_more"]
+    assert content(other, folder)[""][0] == "FINISHED"
+
+
 def test_a_push_that_is_interrupted_anywhere_is_completed_by_the_next(
     project: Path, store: str, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,9 +19,10 @@ from optpipe.tracking.journal import Event
 
 # MLflow has these in the environment only. Its own wait four minutes for a dead server, 0 retries and one time-out;
 # a request that is repeated because its answer was late would make a second run. Whoever has set one keeps it.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+TIMEOUT, SECONDS = "MLFLOW_HTTP_REQUEST_TIMEOUT", 10
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", TIMEOUT: str(SECONDS)}
 SILENCE = {"MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-OF_FILES = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "120"}  # a server may answer only when it has put a large model elsewhere
+UPLOAD_RATE = 1_000_000  # bytes per second at least: a server may answer only when it has put a large model elsewhere
 
 
 class Delivery:
@@ -63,8 +64,7 @@ class Delivery:
             tags = {"optpipe.run": told["run"], "optpipe.folder": told["folder"]}
             self.run_id = self._create(event.time_ms, name, tags)
         self._log(self.run_id, event, params=entries.flat(told["config"]))
-        with _environment(OF_FILES):
-            self._client.log_text(self.run_id, json.dumps(told["config"], indent=2), "config.json")
+        self._client.log_text(self.run_id, json.dumps(told["config"], indent=2), "config.json")
 
     def _baseline(self, event: Event) -> None:
         """The baseline's figures, as `baseline/…`."""
@@ -113,16 +113,24 @@ class Delivery:
             figures = entries.metrics(typed(Measurement, final["measurement"]))
             self._log(self.run_id, event, metrics=entries.prefixed("final", figures))
             self._client.set_tag(self.run_id, "optpipe.sha256", self._sha256(final["artifact"]))
-            with _environment(OF_FILES):
-                self._client.log_artifacts(self.run_id, str(self.folder / "model"), "model")
+            self._upload(self.folder / "model")
         self._client.set_tag(self.run_id, "optpipe.status", told["status"])
         for file in ("report.json", "report.html"):
             if (self.folder / file).exists():
-                with _environment(OF_FILES):
-                    self._client.log_artifact(self.run_id, str(self.folder / file))
+                self._upload(self.folder / file)
         killed = told["error"] == "KeyboardInterrupt"
         status = "KILLED" if killed else "FAILED" if told["status"] == "failed" else "FINISHED"
         self._client.set_terminated(self.run_id, status, event.time_ms)
+
+    def _upload(self, path: Path) -> None:
+        """A file, or a folder under its name, with more patience the larger the largest file is."""
+        files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+        seconds = SECONDS + max(file.stat().st_size for file in files) // UPLOAD_RATE
+        with _environment({TIMEOUT: str(seconds)}):
+            if path.is_dir():
+                self._client.log_artifacts(self.run_id, str(path), path.name)
+            else:
+                self._client.log_artifact(self.run_id, str(path))
 
     def _sha256(self, artifact: str) -> str:
         """Of the deployed file, as its manifest has it. artifact: its path in the run's folder."""
