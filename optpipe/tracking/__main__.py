@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from optpipe.errors import OptpipeError, named_reason
+from optpipe.errors import OptpipeError, named_reason, reason
 from optpipe.plan import read_config
 from optpipe.progress import log
 from optpipe.report import Report
@@ -44,6 +44,9 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{folder}: {push(folder, asked.uri, asked.experiment)}")
         except OptpipeError as error:
             print(f"error: {error}", file=sys.stderr)
+            code = 1
+        except OSError as error:
+            print(f"error: {folder} cannot be written ({reason(error)}); push notes there what it did", file=sys.stderr)
             code = 1
     return code
 
