@@ -269,7 +269,7 @@ class Loop:
     def _run_and_measure(self, step: Step, before: State, folder: Path, result: StageResult) -> State:
         given, found = before.artifact, self._outcome(step, before, folder, result)
         artifact, benchmarks = found.artifact, found.benchmarks
-        result.form = artifact.form.NAME
+        result.form, result.model_sha256 = artifact.form.NAME, artifact.hash
         unchanged = artifact.hash == given.hash
         engine = before.engine if artifact.form is given.form else ""
         measurement = before.measurement if unchanged else self.measurer.measure(artifact, engine, explain=True)

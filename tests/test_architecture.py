@@ -41,7 +41,7 @@ def test_the_frame_knows_no_stage() -> None:
     [
         ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py"}),
         ("hydra.core.config_store", {"optpipe/registry.py"}),
-        ("mlflow", {"optpipe/tracking.py"}),
+        ("mlflow", {"optpipe/tracking/delivery.py"}),
     ],
 )
 def test_a_library_has_one_home(package: str, homes: set[str]) -> None:

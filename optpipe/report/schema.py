@@ -289,6 +289,7 @@ class StageResult:
     cached: bool = False  # taken from the store; `seconds` are those of taking it
     computed_seconds: float | NotMeasured = NOT_REUSED  # when it was computed
     store_key: str = ""  # of its result, sha256; empty where that cannot be identified
+    model_sha256: str = ""  # of the model that it gave: graph and tensors, not a file's bytes
     attempts: list[Attempt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
