@@ -17,15 +17,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-EXIT_INTERRUPTED = 130
-
 
 def main() -> None:
     """Run optpipe with the words of the command line; exit with 1 if it could not do what they ask."""
     from optpipe import compose, execute
     from optpipe.command import read
     from optpipe.errors import OptpipeError
-    from optpipe.job import say_error
+    from optpipe.job import EXIT_INTERRUPTED, say_error
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
     command = read(sys.argv[1:])
@@ -49,6 +47,7 @@ def _hydra(command: Any) -> int:
     import hydra
 
     from optpipe.compose import CONF
+    from optpipe.job import EXIT_INTERRUPTED
 
     outcome = {"code": 0}
 
@@ -73,7 +72,7 @@ def _sweep(command: Any) -> int:
     """Every job of a sweep that is not done yet; 1 if one failed or broke its budget."""
     from optpipe import compose, sweep
     from optpipe.errors import RecipeError
-    from optpipe.job import say_error
+    from optpipe.job import EXIT_INTERRUPTED, say_error
     from optpipe.report.__main__ import main as report
 
     try:

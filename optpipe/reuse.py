@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from optpipe import fingerprint
 from optpipe.artifact import Artifact
 from optpipe.context import Benchmarks
+from optpipe.measure.measurer import SAMPLES
 from optpipe.plan import Choice, Plan, Step, steps_of
 from optpipe.predictions import Predictions
 from optpipe.progress import say
@@ -30,12 +31,9 @@ from optpipe.rehearsal import Forecast, Forecasts
 from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResult, Table
 from optpipe.report.schema import typed
 from optpipe.schedule import Schedule
-from optpipe.store import Key, NoStore, Results
+from optpipe.store import KEY_FILE, Key, NoStore, Results
 from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
 from optpipe.task import SPLITS, Split, Task, size_of
-
-SAMPLES = "samples"  # in a run's folder, and in an entry beside the files of a step
-KEY = "key.json"  # in a step's folder
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,7 @@ class Outcome:
 
 
 class Reuse:
-    """The store, as one run of `plan` on `task` uses it.
-
-    baseline: told by `begin`, once the model that came in was saved.
-    """
+    """The store, as one run of `plan` on `task` uses it; not before `begin` has told it the model that came in."""
 
     def __init__(self, store: Results, plan: Plan, task: Task, run_folder: Path) -> None:
         self.store, self.plan, self.task, self.run_folder = store, plan, task, run_folder
@@ -228,7 +223,7 @@ class Reuse:
     def _write_key(self, key: Key, folder: Path, result: StageResult) -> None:
         """Leave in the step's folder what its result depends on, for `python -m optpipe.store why`."""
         result.store_key = key.digest
-        (folder / KEY).write_text(json.dumps(key.parts, indent=1, default=str) + "\n")
+        (folder / KEY_FILE).write_text(json.dumps(key.parts, indent=1, default=str) + "\n")
 
     def _timed(self, key: Key) -> Key:
         """That of a result which holds times of this machine, and what was chosen by them under the budget."""

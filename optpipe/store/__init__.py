@@ -27,6 +27,7 @@ KINDS = ("step", "figures", "predictions", "rehearsal")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 FORMAT = 1  # of entries; those of another are not read
 ENTRY, FILES = "entry.json", "files"
+KEY_FILE = "key.json"  # in the folder of a run's step: what its result depends on
 ASIDE, LOCKS, ADDED = "aside", "locks", "added"  # beside the kinds
 PARTIAL = "partial"
 GIGABYTE = 10**9

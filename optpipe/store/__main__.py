@@ -21,9 +21,8 @@ from typing import Any
 from optpipe.errors import OptpipeError
 from optpipe.machine import user_cache
 from optpipe.report import figures
-from optpipe.store import GIGABYTE, Damaged, Settings, Store, check, read, refusal
+from optpipe.store import GIGABYTE, KEY_FILE, Damaged, Settings, Store, check, read, refusal
 
-KEY = "key.json"
 SHOWN = 60  # characters of a value
 
 
@@ -129,14 +128,14 @@ def why(first: Path, second: Path) -> str:
 
 def _keys(run: Path) -> dict[str, dict[str, Any]]:
     """What each step of a run depends on, by the name of its folder."""
-    found = {str(path.parent.relative_to(run)): path for path in sorted(run.rglob(KEY))}
+    found = {str(path.parent.relative_to(run)): path for path in sorted(run.rglob(KEY_FILE))}
     if not found:
         what = "holds no step whose result can be identified" if run.is_dir() else "is no folder"
         raise OptpipeError(f"{run} {what}; name the folder of a run, for example outputs/runs/<time>")
     try:
         return {name: json.loads(path.read_text()) for name, path in found.items()}
     except ValueError as error:
-        raise OptpipeError(f"{run} holds a {KEY} that cannot be read ({error})") from None
+        raise OptpipeError(f"{run} holds a {KEY_FILE} that cannot be read ({error})") from None
 
 
 def _differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:
