@@ -59,12 +59,14 @@ class Signature:
         """
         if named or len(arrays) != len(self.inputs):
             arrays = self._in_order(arrays, named)
-        for array, (dtype, shape) in zip(arrays, self._right, strict=True):
-            if type(array) is not np.ndarray or array.dtype is not dtype or array.shape != shape:
+        for array, (dtype, shape) in zip(arrays, self._right):  # noqa: B905  `strict` costs as much as a comparison
+            if (
+                type(array) is not np.ndarray
+                or array.dtype is not dtype
+                or array.shape != shape
+                or not array.flags.carray
+            ):
                 self._examine(arrays)
-                break
-        for array in arrays:
-            if not array.flags.carray:
                 return [each if each.flags.carray else each.copy(order="C") for each in arrays]
         return arrays
 

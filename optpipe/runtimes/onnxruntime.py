@@ -40,11 +40,13 @@ def runner(model: ExportedFile, threads: int, device: str = "cpu", options: Onnx
     if absent := [name for name in names if name not in session.get_providers()]:  # it would only have warned
         raise OptpipeError(f"ONNX Runtime could not start {', '.join(absent)} here; its log says why")
     inputs = [node.name for node in session.get_inputs()]
-
     outputs = [node.name for node in session.get_outputs()]
 
     def run(*args: Any, **kwargs: Any) -> list[Any]:
-        found: list[Any] = session.run(outputs, dict(zip(inputs, args, strict=False), **kwargs))
+        feed = dict(zip(inputs, args))  # noqa: B905  `strict` takes as long as the rest of the line
+        if kwargs:
+            feed |= kwargs
+        found: list[Any] = session.run(outputs, feed)
         return found
 
     return run
