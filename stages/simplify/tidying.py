@@ -90,6 +90,8 @@ def _leave_out(chain: nn.Module, children: list[str]) -> Callable[[], None]:
 def _stored(model: nn.Module, name: str) -> Callable[[], None]:
     def change() -> None:
         module = copy.deepcopy(model.get_submodule(name))
+        shared = type(module)  # with every copy of it; the property that is removed next lies there
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
         for tensor in list(module.parametrizations):  # type: ignore[arg-type]
             parametrize.remove_parametrizations(module, tensor)
         model.set_submodule(name, module)

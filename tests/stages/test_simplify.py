@@ -317,6 +317,14 @@ def test_layers_that_run_twice_or_are_read_twice_stay(simplify) -> None:
     assert "'again' runs 2 times" in reasons and "the output of 'read' is read by add() too" in reasons
 
 
+def test_a_copy_of_the_model_keeps_its_parametrised_weights(simplify) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 4))).eval()
+    baseline = copy.deepcopy(model)  # torch gives copies of a parametrised layer one class
+    simplified, ctx = simplify(model)
+    assert kinds(simplified) >= {"Linear"} and rows(ctx)
+    assert baseline(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 def test_parametrised_weights_become_plain(simplify) -> None:
     network = nn.Sequential(
