@@ -118,10 +118,14 @@ def _watched(model: nn.Module, inputs: Inputs) -> Pass:
                 seen.readers[made[id(tensor)][:2]].append(reader)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if compiling():
+            return
         inside.append(module)
         read.append(_versions((args, kwargs)))
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if compiling():
+            return
         inside.pop()
         given, name = read.pop(), names[module]
         seen.calls[name] += 1
@@ -140,6 +144,8 @@ def _watched(model: nn.Module, inputs: Inputs) -> Pass:
 
     class Functions(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if compiling():
+                return func(*args, **(kwargs or {}))
             name = _name(func)
             given = [] if name in ABOUT else _versions((args, kwargs))
             seen.memory.update(_storage(tensor) for tensor, _ in given)
@@ -173,6 +179,11 @@ def _watched(model: nn.Module, inputs: Inputs) -> Pass:
             handle.remove()
     note_read([(tensor, -1) for tensor in tensors_in(returned)], [], RETURNED)
     return seen
+
+
+def compiling() -> bool:
+    """Whether this is traced, not run: torch.cond compiles its branches and, with them, what watches over them."""
+    return torch.compiler.is_dynamo_compiling()
 
 
 def spoken(reader: str) -> str:

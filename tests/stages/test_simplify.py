@@ -317,6 +317,20 @@ def test_layers_that_run_twice_or_are_read_twice_stay(simplify) -> None:
     assert "'again' runs 2 times" in reasons and "the output of 'read' is read by add() too" in reasons
 
 
+def test_a_model_with_a_branch_of_torchs_own_is_simplified(simplify) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(192, 4), nn.Linear(192, 4)
+
+        def forward(self, image):
+            x = image.flatten(1)
+            return torch.cond(x.sum() > 0, lambda v: self.one(v), lambda v: self.two(v), (x,))
+
+    model = nn.Sequential(Branching(), nn.Identity(), nn.Linear(4, 4))
+    assert "Identity" not in kinds(simplify(model)[0])
+
+
 def test_a_copy_of_the_model_keeps_its_parametrised_weights(simplify) -> None:
     model = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(192, 4))).eval()
     baseline = copy.deepcopy(model)  # torch gives copies of a parametrised layer one class
