@@ -76,7 +76,7 @@ def _sweep(command: Any) -> int:
     from optpipe.report.__main__ import main as report
 
     try:
-        jobs = compose.combinations(command.overrides)
+        jobs, search, asked = compose.combinations(command), compose.search(command), command.again(command.overrides)
         folder = sweep.folder_for(command.sweep_dir, command.argv(), jobs, command.subject)
         command.move_sweep_to(folder.absolute())
         ledger = sweep.Ledger(folder)
@@ -92,8 +92,31 @@ def _sweep(command: Any) -> int:
             print(f"job {job.number} {job.state.value}: {job.reason or job.said()}", file=sys.stderr)
     if code == EXIT_INTERRUPTED or any(job.state is sweep.State.waiting for job in found):
         print("the same command goes on with what is not done", file=sys.stderr)
+    elif search is not None and code == 0:
+        return _answer(command, ledger, asked) if search.settings.is_for_goal else sweep.searched(found)
     undone = any(job.state is not sweep.State.done for job in found)
     return max(code, int(undone), *(job.code for job in found))
+
+
+def _answer(command: Any, ledger: Any, asked: str) -> int:
+    """Say whether the goal of the search `asked` is met, and leave the plain recipe; 1 if it is not."""
+    from optpipe import compose
+    from optpipe.search import goal
+
+    found = goal.best(ledger)
+    if found is None:
+        print("the goal is not met: no job came to its end", file=sys.stderr)
+        return 1
+    job, report, is_met = found
+    print("\n".join(goal.said(job, report, is_met)))
+    text = goal.opening(asked, job, report, is_met) + compose.recipe_of(job.overrides, command)
+    path, again = goal.write(text, ledger.folder, is_met)
+    print(f"{path}:\n\n{path.read_text()}")
+    if command.config_dir:
+        print(f"copy it to {command.config_dir / 'recipe'}, and run it from there")
+    else:
+        print(again)
+    return int(not is_met)
 
 
 _first_job = True

@@ -19,6 +19,7 @@ class Command:
     flags: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     config_dir: Path | None = None
+    is_sweep_by_recipe: bool = False
 
     @property
     def recipe(self) -> str:
@@ -49,6 +50,12 @@ class Command:
     def is_sweep(self) -> bool:
         return "--multirun" in self.flags or "-m" in self.flags
 
+    def begin_sweep(self) -> None:
+        """Be a sweep, as with --multirun, because the recipe says so."""
+        if not self.is_sweep:
+            self.flags.append("--multirun")
+            self.is_sweep_by_recipe = True
+
     @property
     def output_root(self) -> Path:
         """The folder that the run's own folder will lie in, as far as it can be known before the run."""
@@ -74,7 +81,8 @@ class Command:
     def again(self, overrides: Sequence[str]) -> str:
         """The command that repeats one run, of a sweep for instance, with `overrides`; quoted for a shell."""
         folder = ["--config-dir", str(self.config_dir)] if self.config_dir else []
-        return shlex.join(["python", "-m", "optpipe", *overrides, *folder])
+        mode = ["hydra.mode=RUN"] if self.is_sweep_by_recipe else []
+        return shlex.join(["python", "-m", "optpipe", *overrides, *mode, *folder])
 
 
 def read(argv: Sequence[str]) -> Command:

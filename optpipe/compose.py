@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from optpipe import machine, registry, sources
-from optpipe.budget import Budget
+from optpipe.budget import Budget, Policy
 from optpipe.command import Command
 from optpipe.errors import RecipeError, did_you_mean, reason
 from optpipe.measure.settings import Measure
@@ -42,6 +43,9 @@ from optpipe.plan import (
     steps_of,
 )
 from optpipe.runtimes import RUNTIMES, installed_for, missing, setting_problems
+from optpipe.search import Settings as SearchSettings
+from optpipe.search.space import Choice as Categories
+from optpipe.search.space import Dimension, Numbers, Space
 from optpipe.store import Settings as StoreSettings
 from optpipe.target import Target
 from optpipe.tracking import Tracking
@@ -58,7 +62,8 @@ SCHEMAS: dict[str, type] = {
     "tracking": Tracking,
     "store": StoreSettings,
 }
-SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax"}
+SEARCH = "hydra_plugins.optpipe_search.Search"  # of hydra/sweeper=search
+SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax", "goal"}
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
 
 T = TypeVar("T")
@@ -120,29 +125,65 @@ def recipes(config_dir: Path | None) -> list[str]:
 
 
 def check(command: Command) -> list[Plan]:
-    """Compose and check what `command` asks for, every value of a sweep included. Raises RecipeError."""
+    """Compose and check what `command` asks for, every value of a sweep included. Raises RecipeError.
+
+    A recipe that sweeps by itself (hydra.mode) makes the command a sweep.
+    """
     problems: list[str] = []
     plans: list[Plan] = []
     if not command.recipe and not any(re.match(r"\+?pipeline=", override) for override in command.overrides):
         listed = "\n      ".join(f"+recipe={name}" for name in recipes(command.config_dir))
         problems.append(f"no recipe is given; add one of\n      {listed}\n    or your own pipeline=[…]")
-    for combination in _sweep_combinations(command.overrides) if command.is_sweep else [command.overrides]:
+    hydra = _hydra_node(command)
+    if hydra is not None and hydra.mode is RunMode.MULTIRUN:
+        command.begin_sweep()
+    overrides = _with_params(command.overrides, hydra) if command.is_sweep else command.overrides
+    for combination in _sweep_combinations(overrides, _is_search(hydra)) if command.is_sweep else [overrides]:
         try:
-            config = composed(combination, command)
+            config = _without_hydra(composed(combination, command, whole=True))
             plans.append(plan(config, recipe=command.recipe, overrides=combination, subject=command.subject))
         except RecipeError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    if not problems:
+        search(command)
     if problems:
         raise RecipeError(problems, command.subject)
     return plans
 
 
-def composed(overrides: Sequence[str], command: Command) -> DictConfig:
-    """Compose `overrides`. Raises RecipeError with a problem for each that Hydra refuses."""
+def _hydra_node(command: Command) -> DictConfig | None:
+    """What `hydra:` is composed to, with the first value of all that is swept; None where something is refused."""
+    try:
+        found: DictConfig = composed(_first_values(command.overrides), command, whole=True).hydra
+        return found
+    except RecipeError:
+        return None  # what is wrong is said where it is composed for its plan
+
+
+def _first_values(overrides: Sequence[str]) -> list[str]:
+    return [text if (override := _parsed(text)) is None else _values(override)[0] for text in overrides]
+
+
+def composed(overrides: Sequence[str], command: Command, *, whole: bool = False) -> DictConfig:
+    """Compose `overrides`. Raises RecipeError with a problem for each that Hydra refuses.
+
+    whole: with Hydra's own node.
+    """
+    known = tuple(overrides), command.config_dir, whole
+    if known not in _composed:
+        _composed.clear()  # the last one only: whoever asks twice does so at once
+        _composed[known] = _compose(overrides, command, whole)
+    return _composed[known].copy()
+
+
+_composed: dict[Any, DictConfig] = {}
+
+
+def _compose(overrides: Sequence[str], command: Command, whole: bool) -> DictConfig:
     with _own_hydra(), initialize_config_dir(str(CONF), version_base="1.3", job_name="optpipe"):
         extra = [f"hydra.searchpath=[file://{command.config_dir.resolve()}]"] if command.config_dir else []
         try:
-            config: DictConfig = compose("config", overrides=[*extra, *overrides])
+            config: DictConfig = compose("config", overrides=[*extra, *overrides], return_hydra_config=whole)
             return config
         except REFUSALS as error:
             problems = _one_by_one(extra, overrides, command) or [_explain("", error, command)]
@@ -234,29 +275,122 @@ def of_hydra() -> Here:
     overrides, folder = list(config.overrides.task), Path(config.runtime.output_dir)
     if str(config.mode) != "RunMode.MULTIRUN":
         return Here(folder, overrides)
-    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), _at_once(config.launcher))
+    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), at_once(config.launcher))
 
 
-def _at_once(launcher: Any) -> int:
-    """joblib's setting: a number, or -1 for as many as there are cores, -2 for one less."""
+def at_once(launcher: Any) -> int:
+    """The jobs that a launcher runs on one machine.
+
+    joblib's setting: a number, or -1 for as many as there are cores, -2 for one less.
+    """
     asked = int(launcher.get("n_jobs") or 1)
     cores = machine.bound_cores()
     return max(1, asked if asked > 0 else cores + 1 + asked)
 
 
-def combinations(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep in the order in which Hydra's own sweeper makes them; none where another one chooses."""
-    if any(override.startswith("hydra/sweeper=") for override in overrides):
+def combinations(command: Command) -> list[list[str]]:
+    """The jobs of a sweep in the order in which Hydra's own sweeper makes them, none known where another chooses."""
+    hydra = _hydra_node(command)
+    if (found := search(command)) is not None:
+        return [[]] * found.settings.trials
+    if hydra is not None and not str(hydra.sweeper._target_).endswith(".BasicSweeper"):
         return []
-    parsed = [(text, _parsed(text)) for text in overrides if not text.startswith(("hydra.", "hydra/"))]
-    choices = [[text] if override is None else _values(override) for text, override in parsed]
+    own = [text for text in _with_params(command.overrides, hydra) if not text.startswith(("hydra.", "hydra/"))]
+    choices = [[text] if (override := _parsed(text)) is None else _values(override) for text in own]
     return [list(chosen) for chosen in itertools.product(*choices)]
 
 
-def _sweep_combinations(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The first value of every swept override together, then each of the others beside the first of the rest."""
-    parsed = [(text, _parsed(text)) for text in overrides]
-    choices = [[text] if override is None else _values(override) for text, override in parsed]
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """A search, as a command asks for it."""
+
+    settings: SearchSettings
+    space: Space
+    prunes: bool  # there is a limit that a job may break early, and nothing else was asked for then
+
+
+def search(command: Command) -> Searched | None:
+    """The search that the sweep `command` is, if it is one. Raises RecipeError for what is wrong with it."""
+    hydra = _hydra_node(command) if command.is_sweep else None
+    if hydra is None or not _is_search(hydra):
+        return None
+    settings = {str(key): value for key, value in hydra.sweeper.items() if key != "_target_"}
+    config = composed(_first_values(command.overrides), command, whole=True)
+    return searched(settings, command.overrides, config, command.subject)
+
+
+def _is_search(hydra: DictConfig | None) -> bool:
+    return hydra is not None and hydra.sweeper._target_ == SEARCH
+
+
+def searched(settings: Any, overrides: Sequence[str], config: DictConfig, subject: str = "this search") -> Searched:
+    """The search that `settings` of hydra.sweeper ask for. config: one of its jobs', or with their first values.
+
+    Raises RecipeError for what is wrong with it.
+    """
+    problems: list[str] = []
+    found: SearchSettings | None = _typed(SearchSettings, OmegaConf.create(settings), "hydra.sweeper", problems)
+    fixed, dimensions = [], []
+    own = [
+        text for text in _with_params(overrides, settings.get("params")) if not text.startswith(("hydra.", "hydra/"))
+    ]
+    for text in own:
+        override = _parsed(text)
+        if override is None or not override.is_sweep_override():
+            fixed.append(text)
+            continue
+        try:
+            dimensions.append(_dimension(override))
+        except (ValueError, HydraException) as error:
+            problems.append(f"'{text}': {reason(error)}")
+    if not dimensions:
+        problems.append("nothing is left to choose; give a setting several values, as in prune.ratio=interval(0.3,0.8)")
+    keys = {dimension.key for dimension in dimensions}
+    if found is not None:  # what a command fixes is not tried otherwise
+        given = {text.lstrip("+").split("=")[0] for text in fixed}
+        first = [{key: value for key, value in tried.items() if key not in given} for tried in found.first]
+        found = replace(found, first=[tried for tried in first if tried])
+    if unknown := sorted({key for given in (found.first if found else ()) for key in given} - keys):
+        problems.append(
+            f"hydra.sweeper.first names '{unknown[0]}', which is not searched{did_you_mean(unknown[0], keys)}"
+        )
+    if problems or found is None:
+        raise RecipeError(problems, subject)
+    budget = config.budget
+    prunes = found.prune and not found.is_for_goal and budget.quality_drop is not None
+    space = Space(tuple(fixed), tuple(dimensions))
+    return Searched(found, space, prunes and budget.policy in (Policy.warn, Policy.warn.value))
+
+
+def _with_params(overrides: Sequence[str], hydra: Any) -> list[str]:
+    """`overrides` behind what a configuration adds to every sweep (hydra.sweeper.params), unless they say it too."""
+    params = hydra.sweeper.get("params") if isinstance(hydra, DictConfig) and "sweeper" in hydra else hydra
+    given = {text.lstrip("+").split("=")[0] for text in overrides}
+    return [*(f"{key}={value}" for key, value in (params or {}).items() if key not in given), *overrides]
+
+
+def _dimension(override: Override) -> Dimension:
+    """What a search draws from. Raises ValueError for an empty one."""
+    key, value = (override.input_line or "").split("=")[0], override.value()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None and value.end is not None
+        whole = isinstance(value.start, int) and isinstance(value.end, int)
+        return Numbers(key, value.start, value.end, whole=whole, log="log" in value.tags)
+    if isinstance(value, RangeSweep):
+        steps = [float(step) for step in value.range()]
+        if not steps:
+            raise ValueError("its range is empty")
+        whole = isinstance(value.start, int) and isinstance(value.step, int)
+        return Numbers(key, min(steps), max(steps), step=abs(float(value.step)), whole=whole)
+    return Categories(key, tuple(override.sweep_string_iterator()))
+
+
+def _sweep_combinations(overrides: Sequence[str], ends: bool = False) -> Iterator[list[str]]:
+    """The first value of every swept override together, then each of the others beside the first of the rest.
+
+    ends: of numbers the lowest and the highest stand for all.
+    """
+    choices = [[text] if (override := _parsed(text)) is None else _values(override, ends) for text in overrides]
     first = [values[0] for values in choices]
     yield first
     for i, values in enumerate(choices):
@@ -271,14 +405,58 @@ def _parsed(text: str) -> Override | None:
         return None  # composing it says what is wrong
 
 
-def _values(override: Override) -> list[str]:
+def _values(override: Override, ends: bool = False) -> list[str]:
+    """The values of what is swept, of an interval its ends; the words themselves of what is not."""
     if not override.is_sweep_override():
         return [override.input_line or ""]
     key = (override.input_line or "").split("=")[0]
     try:
+        if ends and override.is_range_sweep():
+            return [f"{key}={value}" for value in dict.fromkeys(_dimension(override).ends)]
+        if isinstance(interval := override.value(), IntervalSweep):
+            return [f"{key}={interval.start}", f"{key}={interval.end}"]
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
-    except HydraException:
-        return [f"{key}={override.value()}"]  # an interval has no list of values
+    except (HydraException, ValueError):
+        return [f"{key}={override.value()}"]
+
+
+def recipe_of(overrides: Sequence[str], command: Command) -> str:
+    """The body of a plain recipe that composes to what `overrides` do: options of groups, and what differs in them."""
+    config = composed(overrides, command, whole=True)
+    chosen = {str(key): str(value) for key, value in config.hydra.runtime.choices.items()}
+    plain = composed([], command, whole=True)
+    known = {str(key): str(value) for key, value in plain.hydra.runtime.choices.items()}
+    found = plan(_without_hydra(config), recipe=command.recipe, overrides=overrides, subject=command.subject)
+    used = {key: value for key, value in found.config.items() if key not in ("recipe", "goal", "plugins", "dry_run")}
+    defaults, groups = [], []
+    for key, option in chosen.items():
+        package = key.partition("@")[2] or key
+        if package in used and known.get(key) != option:
+            defaults.append(f"{'override ' if key in known else ''}/{key}: {option}")
+            groups.append(f"{'' if key in known else '+'}{key}={option}")
+    base = OmegaConf.to_container(composed(groups, command), resolve=True, enum_to_str=True)
+    assert isinstance(base, dict)
+    body = _difference(used, base)
+    lines = ["defaults:", *(f"  - {line}" for line in defaults), ""] if defaults else []
+    return "\n".join([*lines, OmegaConf.to_yaml(OmegaConf.create(body))])
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def _difference(wanted: dict[str, Any], base: dict[Any, Any]) -> dict[str, Any]:
+    """What `wanted` sets otherwise than `base`, down to single values."""
+    found: dict[str, Any] = {}
+    for key, value in wanted.items():
+        inner = base.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict) and value:
+            value = _difference(value, inner)
+            if value:
+                found[key] = value
+        elif key not in base or value != inner:
+            found[key] = value
+    return found
 
 
 @contextmanager
@@ -305,6 +483,8 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     rehearse = _rehearse(config.get("rehearse"), problems)
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
+    if "goal" in config and not any(value is not None for value in config.goal.values()):
+        problems.append("goal is empty; give at least one limit, for example goal.p50_ms=5 goal.quality_drop=0.01")
     form = settings["model"].form if settings["model"] else "torch"
     if settings["target"]:
         entries = _without_absent(entries, settings["target"], problems)
@@ -343,7 +523,8 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
 def _typed(schema: type, node: Any, name: str, problems: list[str]) -> Any:
     """`node` as an instance of its dataclass, or None and a problem."""
     try:
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+        plain = OmegaConf.to_container(node, resolve=True, enum_to_str=True) if OmegaConf.is_config(node) else node
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
     except ValueError as error:
         problems.append(f"{name}: {reason(error)}")
     except OmegaConfBaseException as error:

@@ -3,6 +3,7 @@
 OptpipeError
 ├── RecipeError    the recipe or its settings are wrong; no work was started
 └── StageError     a stage cannot do to this model what it was asked to do
+    └── OverBudget     what it did breaks the budget, whose policy is to stop there
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ class RecipeError(OptpipeError):
 
 class StageError(OptpipeError):
     """A stage cannot do to this model what it was asked to do."""
+
+
+class OverBudget(StageError):
+    """A step's result breaks the budget, whose policy is to stop there."""
 
 
 def reason(error: BaseException) -> str:

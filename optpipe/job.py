@@ -48,8 +48,8 @@ def run(config: DictConfig, command: Command, started: float) -> int:
 def _in_sweep(config: DictConfig, command: Command, here: compose.Here, started: float) -> int:
     ledger = Ledger(here.sweep_folder)
     before = ledger.job(here.number)
-    if before.state is State.done:
-        say(f"job {here.number} is done: {here.folder}")
+    if before.is_over:
+        say(f"job {here.number} is {before.state.value}: {here.folder}")
         return before.code
     if before.state is State.running:
         say(
@@ -62,7 +62,7 @@ def _in_sweep(config: DictConfig, command: Command, here: compose.Here, started:
         try:
             outcome.code = _show(_executed(config, command, here, started), here.folder)
         except Exception:
-            log.exception("the job failed")
+            log.exception("the job ended early")
             raise
     return outcome.code
 

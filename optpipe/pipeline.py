@@ -21,7 +21,7 @@ from optpipe.budget import Policy
 from optpipe.contest import Entrant
 from optpipe.context import Benchmarks, Context
 from optpipe.divergence import first_divergence
-from optpipe.errors import OptpipeError, StageError
+from optpipe.errors import OptpipeError, OverBudget, StageError
 from optpipe.fingerprint import environment
 from optpipe.forms import SPOKEN, ExportedFile
 from optpipe.judge import Judge
@@ -188,7 +188,7 @@ class Loop:
         said = "; ".join(check.said for check in broken)
         if budget.policy is Policy.stop:
             self.report.status, self.report.budget.violations = "over_budget", [f"after '{entry.key}', {said}"]
-            raise StageError(f"over budget after step '{entry.key}', and budget.policy is stop: {said}")
+            raise OverBudget(f"over budget after step '{entry.key}', and budget.policy is stop: {said}")
         if budget.policy is Policy.relax and self._relax(said):
             return
         if budget.policy in (Policy.rollback, Policy.relax) and self._roll_back(said):
@@ -441,7 +441,13 @@ class Loop:
         folder = manifest.deploy(state.artifact.model, form.NAME, self.folder, self.plan.target, engine, self.task)
         deployed = replace(state.artifact, folder=folder)
         measurement = self.measurer.final(state.measurement, deployed, engine)
-        self.report.final = Final(artifact=f"{manifest.FOLDER}/{form.files(folder)[0].name}", measurement=measurement)
+        drop = self.judge.drop(replace(state, measurement=measurement))
+        self.report.final = Final(
+            artifact=f"{manifest.FOLDER}/{form.files(folder)[0].name}",
+            measurement=measurement,
+            quality_drop=drop.value,
+            quality_drop_ci95=drop.ci95,
+        )
         self.measurer.save_quality(deployed, engine)
         checks = self.judge.checks(self.plan.budget.limits(), replace(state, measurement=measurement), "run")
         self.report.budget.checks += checks

@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from optpipe.errors import RecipeError
+from optpipe.errors import OverBudget, RecipeError
 from optpipe.progress import console, say
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
@@ -36,6 +36,10 @@ class State(Enum):
     running = "running"
     done = "done"
     failed = "failed"
+    stopped = "stopped"  # it broke its budget, whose policy is to stop there
+
+
+ENDED = (State.done, State.failed, State.stopped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,11 @@ class Job:
     host: str = ""
     pid: int = 0
     started: float = 0.0  # seconds since 1970
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do for it."""
+        return self.state in (State.done, State.stopped)
 
     def said(self, common: Sequence[str] = ()) -> str:
         """Its own settings, without those that all jobs share."""
@@ -103,7 +112,8 @@ class Ledger:
     def running(self, number: int, overrides: Sequence[str], folder: Path = Path()) -> Iterator[Outcome]:
         """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
         begin, outcome, planned = time.time(), Outcome(), self.told["jobs"]
-        words = planned[number] if number < len(planned) else overrides  # as a person wrote them, not as Hydra does
+        asked = planned[number] if number < len(planned) else []
+        words = asked or overrides  # as a person wrote them, not as Hydra does; a search plans none
         job = Job(
             number=number, overrides=list(words), state=State.running, host=socket.gethostname(), pid=os.getpid(),
             started=begin, folder=str(folder),
@@ -114,6 +124,8 @@ class Ledger:
         except KeyboardInterrupt:
             self.write(replace(job, state=State.waiting))
             raise
+        except OverBudget as error:
+            job = replace(job, state=State.stopped, reason=str(error), code=1)
         except Exception as error:  # one job that fails neither ends nor hides the others
             reason = f"{type(error).__name__}: {error}"
             job = replace(job, state=State.failed, reason=reason, code=1)
@@ -122,12 +134,27 @@ class Ledger:
         self.write(replace(job, seconds=time.time() - begin))
         self._say(job)
 
+    def refuse(self, number: int, overrides: Sequence[str], reason: str) -> None:
+        """Say why a job cannot be begun."""
+        job = Job(number=number, overrides=list(overrides), state=State.failed, reason=reason, code=1)
+        self.write(job)
+        self._say(job)
+
+    def plan(self, count: int) -> None:
+        """Say how many jobs there will be, where their settings are not known before."""
+        _write(self.folder / FILE, {**self.told, "jobs": [[]] * count})
+
     def _say(self, job: Job) -> None:
         jobs = self.jobs()
-        over = sum(found.state in (State.done, State.failed) for found in jobs)
+        over = sum(found.state in ENDED for found in jobs)
         common = common_overrides(jobs)
         reason = f": {' '.join(line.strip() for line in job.reason.splitlines()[:2])}" if job.reason else ""
         say(f"[{over} of {len(jobs)} jobs] {job.number} {job.state.value}, {job.said(common)}{reason}{left(jobs)}")
+
+
+def searched(jobs: Sequence[Job]) -> int:
+    """The exit code of a search: 0 if a job kept its budget."""
+    return int(not any(job.state is State.done and job.code == 0 for job in jobs))
 
 
 @dataclass
@@ -139,7 +166,7 @@ class Outcome:
 
 def left(jobs: Sequence[Job]) -> str:
     """The time that the rest is expected to take, as in "; about 3 min left"."""
-    over = [job for job in jobs if job.state in (State.done, State.failed) and job.seconds]
+    over = [job for job in jobs if job.state in ENDED and job.seconds]
     rest = sum(job.state in (State.waiting, State.running) for job in jobs)
     if not over or not rest:
         return ""
@@ -149,9 +176,10 @@ def left(jobs: Sequence[Job]) -> str:
 
 
 def common_overrides(jobs: Sequence[Job]) -> list[str]:
-    """Those that all jobs have."""
-    shared = set.intersection(*(set(job.overrides) for job in jobs)) if jobs else set()
-    return [override for override in (jobs[0].overrides if jobs else ()) if override in shared]
+    """Those that all jobs have, as far as their settings are known."""
+    known = [job.overrides for job in jobs if job.overrides]
+    shared = set.intersection(*map(set, known)) if len(known) > 1 else set()
+    return [override for override in (known[0] if known else ()) if override in shared]
 
 
 def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[str]], subject: str) -> Path:
@@ -175,7 +203,7 @@ def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[
         try:
             if ledger.told["command"] != list(words):
                 continue
-            rest = [job for job in ledger.jobs() if job.state is not State.done]
+            rest = [job for job in ledger.jobs() if not job.is_over]
         except (OSError, ValueError, KeyError):
             continue
         if rest:

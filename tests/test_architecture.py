@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FRAME = sorted((ROOT / "optpipe").rglob("*.py"))
+SWEEPER = "optpipe/hydra_plugins/optpipe_search.py"
 STAGES = sorted((ROOT / "stages").rglob("*.py"))
 
 
@@ -39,9 +40,10 @@ def test_the_frame_knows_no_stage() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py"}),
+        ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py", SWEEPER}),
         ("hydra.core.config_store", {"optpipe/registry.py"}),
         ("mlflow", {"optpipe/tracking/delivery.py"}),
+        ("optuna", {"optpipe/search/space.py", "optpipe/search/study.py"}),
     ],
 )
 def test_a_library_has_one_home(package: str, homes: set[str]) -> None:

@@ -305,6 +305,8 @@ class Final:
 
     artifact: str
     measurement: Measurement
+    quality_drop: float | NotMeasured = NotMeasured("an older version wrote this report")  # on validation samples
+    quality_drop_ci95: Interval | NotMeasured = NotMeasured("an older version wrote this report")
 
 
 @dataclass(frozen=True, kw_only=True)
