@@ -74,6 +74,7 @@ def _sweep(command: Any) -> int:
     from optpipe.errors import RecipeError
     from optpipe.job import EXIT_INTERRUPTED, say_error
     from optpipe.report.__main__ import main as report
+    from optpipe.tracking.live import finish_sweep
 
     try:
         jobs, search, asked = compose.combinations(command), compose.search(command), command.again(command.overrides)
@@ -87,6 +88,7 @@ def _sweep(command: Any) -> int:
     found = ledger.jobs()
     if any(job.state is sweep.State.done for job in found):
         report([str(folder)])
+    finish_sweep(folder)
     for job in found:
         if job.state is not sweep.State.done:
             print(f"job {job.number} {job.state.value}: {job.reason or job.said()}", file=sys.stderr)

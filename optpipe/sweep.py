@@ -13,6 +13,7 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -83,7 +84,12 @@ class Ledger:
     def begin(self, words: Sequence[str], jobs: Sequence[Sequence[str]]) -> None:
         """Write down the command, and every job that it will make as waiting."""
         (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
-        told = {"command": list(words), "jobs": [list(job) for job in jobs], "begun": time.time()}
+        told = {
+            "command": list(words),
+            "jobs": [list(job) for job in jobs],
+            "begun": time.time(),
+            "id": uuid.uuid4().hex,
+        }
         _write(self.folder / FILE, told)
 
     def jobs(self) -> list[Job]:
@@ -180,6 +186,10 @@ def common_overrides(jobs: Sequence[Job]) -> list[str]:
     known = [job.overrides for job in jobs if job.overrides]
     shared = set.intersection(*map(set, known)) if len(known) > 1 else set()
     return [override for override in (known[0] if known else ()) if override in shared]
+
+
+def is_sweep(folder: Path) -> bool:
+    return (folder / FILE).exists()
 
 
 def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[str]], subject: str) -> Path:

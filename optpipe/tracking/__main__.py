@@ -1,7 +1,8 @@
-"""python -m optpipe.tracking push RUN…: deliver to MLflow what a run could not, or was not asked to.
+"""python -m optpipe.tracking push FOLDER…: deliver to MLflow what a run could not, or was not asked to.
 
 It makes the run that the tracker would have made, once: what was delivered before is not delivered again, and what was
-interrupted is completed. The exit code is 1 if a run could not be delivered, 0 if it is there now.
+interrupted is completed. Of a sweep's folder it delivers every job, then the sweep. The exit code is 1 if something
+could not be delivered, 0 if it is there now.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from optpipe.errors import OptpipeError, named_reason, reason
@@ -19,10 +22,15 @@ from optpipe.progress import log
 from optpipe.report import Report
 from optpipe.report.runs import read
 from optpipe.report.schema import FILE as REPORT
-from optpipe.tracking import Tracking, shown
+from optpipe.sweep import is_sweep
+from optpipe.tracking import Tracking, shown, sweeps
 from optpipe.tracking.delivery import Delivery
 from optpipe.tracking.journal import Event, Journal, of_report
-from optpipe.tracking.live import first, origin
+from optpipe.tracking.live import deliver_sweep, first, origin
+
+
+class Undelivered(OptpipeError):
+    """A store that failed."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -31,28 +39,37 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m optpipe.tracking", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    pushed = commands.add_parser("push", help="deliver finished runs")
+    pushed = commands.add_parser("push", help="deliver finished runs and sweeps")
     pushed.add_argument(
-        "folder", nargs="+", type=Path, metavar="RUN", help="its folder, for example outputs/runs/<time>"
+        "folder", nargs="+", type=Path, metavar="FOLDER", help="outputs/runs/<time>, outputs/sweeps/<time>"
     )
     pushed.add_argument("--uri", help="of the store; by default the one that the run was to go to")
     pushed.add_argument("--experiment", help="by default the one that the run was to go to")
     asked = parser.parse_args(words)
+    return max([_pushed(folder, asked.uri, asked.experiment) for folder in asked.folder])
+
+
+def _pushed(folder: Path, uri: str | None, experiment: str | None) -> int:
+    """Deliver a run, or a sweep's jobs and the sweep, and say what was done; the exit code."""
     code = 0
-    for folder in asked.folder:
+    for one in [*sweeps.folders(folder, REPORT), folder] if is_sweep(folder) else [folder]:
         try:
-            print(f"{folder}: {push(folder, asked.uri, asked.experiment)}")
+            print(f"{one}: {push(one, uri, experiment)}")
         except OptpipeError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 1
+            if isinstance(error, Undelivered):  # nor would the others be
+                break
         except OSError as error:
-            print(f"error: {folder} cannot be written ({reason(error)}); push notes there what it did", file=sys.stderr)
+            print(f"error: {one} cannot be written ({reason(error)}); push notes there what it did", file=sys.stderr)
             code = 1
     return code
 
 
 def push(folder: Path, uri: str | None = None, experiment: str | None = None) -> str:
-    """Deliver the run in `folder`; what was done, in words. Raises OptpipeError if that cannot be done."""
+    """Deliver the run or sweep in `folder`; what was done, in words. Raises OptpipeError if that cannot be done."""
+    if is_sweep(folder):
+        return _push_sweep(folder, uri, experiment)
     report, journal = read(folder).report, Journal(folder)
     with journal.alone():
         events = journal.read()
@@ -65,6 +82,21 @@ def push(folder: Path, uri: str | None = None, experiment: str | None = None) ->
         run_id = _deliver([begin, *events[1:]], folder)
         journal.add(Event.of("delivered", {"run_id": run_id}))
     return f"delivered as run {run_id} to {shown(begin.content['uri'])}"
+
+
+def _push_sweep(folder: Path, uri: str | None, experiment: str | None) -> str:
+    """Its own run; its jobs' are delivered before."""
+    said, journal = [], Journal(folder)
+    with journal.alone():
+        kept = journal.read()
+        for event in sweeps.ended(folder):
+            if run_id := next((after.content["run_id"] for told, after in pairwise(kept) if told == event), ""):
+                said.append(f"already delivered as run {run_id}")
+                continue
+            to = _elsewhere(event, uri, experiment)
+            with _named(folder, to):
+                said.append(f"delivered as run {deliver_sweep(event, to, folder)} to {shown(to.content['uri'])}")
+    return "; ".join(said) or "none of its jobs was delivered, so there is nothing to say of the sweep"
 
 
 def _delivered(events: list[Event], report: Report) -> str:
@@ -95,19 +127,26 @@ def _elsewhere(start: Event, uri: str | None, experiment: str | None) -> Event:
 def _deliver(events: list[Event], folder: Path) -> str:
     """The run's id, which its report has before that is delivered itself."""
     delivery = Delivery(folder, again=True)
-    try:
+    with _named(folder, events[0]):
         for event in events:
             delivery.tell(event)
             if event.kind == "start":
                 _write_back(delivery.run_id, folder)
-    except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
+    return delivery.run_id
+
+
+@contextmanager
+def _named(folder: Path, first: Event) -> Iterator[None]:
+    """Raise Undelivered for whatever MLflow, its database or the store of its artifacts raise."""
+    try:
+        yield
+    except Exception as error:
         log.info("push failed", exc_info=True)
-        uri = shown(events[0].content["uri"])
-        raise OptpipeError(
+        uri = shown(first.content["uri"])
+        raise Undelivered(
             f"{folder} is not delivered: {uri} failed ({named_reason(origin(error))}); push it again when that works, "
             "or name another store with --uri"
         ) from error
-    return delivery.run_id
 
 
 def _write_back(run_id: str, folder: Path) -> None:

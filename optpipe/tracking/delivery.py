@@ -1,4 +1,4 @@
-"""The events of a run, as one run of an MLflow store with a nested run per stage."""
+"""The events of a run, as one run of an MLflow store with a nested run per stage; a sweep's, as the run above them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from optpipe.machine import user_cache
 from optpipe.report import Measurement, StageResult
+from optpipe.report.runs import SWEEP
 from optpipe.report.schema import typed
+from optpipe.sweep import is_sweep
 from optpipe.tracking import entries
 from optpipe.tracking.journal import Event
 
@@ -41,19 +45,17 @@ class Delivery:
         """Log one event. Raises whatever MLflow, its database or the store of its artifacts raise."""
         tell = {
             "start": self._start, "baseline": self._baseline, "stage": self._stage,
-            "rolled_back": self._rolled_back, "finish": self._finish,
+            "rolled_back": self._rolled_back, "finish": self._finish, "sweep": self._sweep,
         }[event.kind]  # fmt: skip
         with _environment(PATIENCE | SILENCE), _one_attempt():
             tell(event)
 
     def _start(self, event: Event) -> None:
-        """Open the store and the parent run in it."""
+        """Open the store and the run in it, below that of its sweep if it is a sweep's."""
         told = event.content
-        with _one_at_a_time(), _private_files():
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(told["uri"])
-            self._experiment_id = self._experiment(told["experiment"], told["artifacts"])
+        self._open(told)
+        sweep = told.get("sweep")
+        above = {"mlflow.parentRunId": self._run_of(sweep)} if sweep else {}
         known = self._search(f"tags.`optpipe.run` = '{told['run']}'") if self.again else []
         if known:
             self.run_id = known[0].info.run_id
@@ -62,9 +64,49 @@ class Delivery:
         else:
             name = f"{told['recipe']} {datetime.fromtimestamp(event.time_ms / 1000):%m-%d %H:%M:%S}"
             tags = {"optpipe.run": told["run"], "optpipe.folder": told["folder"]}
-            self.run_id = self._create(event.time_ms, name, tags)
+            self.run_id = self._create(event.time_ms, sweep["job"] if sweep else name, tags | above)
         self._log(self.run_id, event, params=entries.flat(told["config"]))
         self._client.log_text(self.run_id, json.dumps(told["config"], indent=2), "config.json")
+
+    def _open(self, told: dict[str, Any]) -> None:
+        with _one_at_a_time(), _private_files():
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(told["uri"])
+            self._experiment_id = self._experiment(told["experiment"], told["artifacts"])
+
+    def _run_of(self, sweep: dict[str, Any]) -> str:
+        """The run above those of a sweep's jobs, made by the first of them that gets here."""
+        root = next((folder for folder in (self.folder, *self.folder.absolute().parents) if is_sweep(folder)), None)
+        with FileLock((root or self.folder) / ".mlflow.lock"):
+            found = self._search(f"tags.`optpipe.sweep` = '{sweep['id']}'")
+            if not found:
+                tags = {"optpipe.sweep": sweep["id"], "optpipe.command": sweep["command"]}
+                return self._create(int(sweep["begun"] * 1000), sweep["name"], tags)
+        if found[0].info.status != "RUNNING" and not self.again:  # an earlier command came to an end, this one goes on
+            self._client.update_run(found[0].info.run_id, "RUNNING")
+        return str(found[0].info.run_id)
+
+    def _sweep(self, event: Event) -> None:
+        """How a sweep ended, what it made of its best run, and its page."""
+        told = event.content
+        self._open(told)
+        self.run_id = self._run_of(told)
+        figures = told["figures"]
+        self._log(self.run_id, event, metrics=told["counts"] | entries.prefixed("best", figures))
+        self._log(self.run_id, event, metrics=entries.headline(figures))
+        tags = {"optpipe.status": told["status"], "optpipe.best": told["best"]}
+        for name, value in {**tags, "mlflow.note.content": "\n\n".join(told["front"])}.items():
+            self._client.set_tag(self.run_id, name, value)
+        if (self.folder / SWEEP).exists():
+            self._upload(self.folder / SWEEP)
+        if told["status"] == "running":
+            return
+        left = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
+        for job in self._search(left, limit=1000):  # of processes that were killed
+            self._client.set_terminated(job.info.run_id, "KILLED", event.time_ms)
+        status = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[told["status"]]
+        self._client.set_terminated(self.run_id, status, event.time_ms)
 
     def _baseline(self, event: Event) -> None:
         """The baseline's figures, as `baseline/…`."""
@@ -210,8 +252,6 @@ def _one_attempt() -> Iterator[None]:
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Two processes that create one database at once crash."""
-    from filelock import FileLock
-
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     with FileLock(user_cache() / "mlflow.lock"):

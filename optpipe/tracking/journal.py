@@ -20,7 +20,7 @@ from optpipe.report.schema import FILE as REPORT
 
 FILE = "tracking.jsonl"
 
-Kind = Literal["start", "baseline", "stage", "rolled_back", "finish", "delivered"]
+Kind = Literal["start", "baseline", "stage", "rolled_back", "finish", "sweep", "delivered"]
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,17 @@ class Journal:
             ) from None
 
 
-def start(config: dict[str, Any], folder: Path, *, uri: str, experiment: str, artifacts: str | None) -> dict[str, Any]:
-    """The content of a run's first event. artifacts: where a new experiment's go; None leaves that to the store."""
+def start(
+    config: dict[str, Any], folder: Path, *, uri: str, experiment: str, artifacts: str | None,
+    sweep: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of a run's first event.
+
+    artifacts: where a new experiment's go; None leaves that to the store. sweep: that the run is a job of.
+    """
     return {
         "run": uuid.uuid4().hex, "folder": str(folder), "recipe": config.get("recipe") or "pipeline", "config": config,
-        "uri": uri, "experiment": experiment, "artifacts": artifacts,
+        "uri": uri, "experiment": experiment, "artifacts": artifacts, "sweep": sweep,
     }  # fmt: skip
 
 

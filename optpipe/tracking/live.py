@@ -10,7 +10,7 @@ from typing import Any
 from optpipe.errors import RecipeError, named_reason, reason
 from optpipe.progress import log, say
 from optpipe.report import Measurement, Report, StageResult
-from optpipe.tracking import Tracking, journal, shown
+from optpipe.tracking import Tracking, journal, shown, sweeps
 from optpipe.tracking.delivery import Delivery, cannot_connect
 from optpipe.tracking.journal import Event, Journal, Kind
 
@@ -92,7 +92,33 @@ def first(settings: Tracking, config: dict[str, Any], folder: Path, root: Path) 
     """The content of a run's first event, with the place that `settings` name."""
     artifacts = str(root / "mlruns") if settings.uri is None else None
     uri = settings.store(root)
-    return journal.start(config, folder, uri=uri, experiment=settings.experiment, artifacts=artifacts)
+    sweep = sweeps.of(folder)
+    return journal.start(config, folder, uri=uri, experiment=settings.experiment, artifacts=artifacts, sweep=sweep)
+
+
+def finish_sweep(folder: Path) -> None:
+    """Tell the sweep's own run how it ended, if its jobs were tracked. A store that fails costs one message."""
+    for event in sweeps.ended(folder):
+        try:
+            with Journal(folder).alone():
+                deliver_sweep(event, event, folder)
+        except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
+            log.info("tracking failed", exc_info=True)
+            say(f"tracking: {shown(event.content['uri'])} failed ({named_reason(origin(error))})")
+            say(f"  deliver the sweep later: {PUSH} {folder}")
+            return
+
+
+def deliver_sweep(event: Event, to: Event, folder: Path) -> str:
+    """The id of the sweep's run. Its journal holds `event` then as delivered, `to` is `event` with the place to go to.
+
+    Raises whatever MLflow, its database or the store of its artifacts raise.
+    """
+    delivery, kept = Delivery(folder, again=True), Journal(folder)
+    delivery.tell(to)
+    kept.add(event)
+    kept.add(Event.of("delivered", {"run_id": delivery.run_id}))
+    return delivery.run_id
 
 
 def origin(error: BaseException, ended_by: BaseException | None = None) -> BaseException:
