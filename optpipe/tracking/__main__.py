@@ -96,7 +96,7 @@ def _push_sweep(folder: Path, uri: str | None, experiment: str | None) -> str:
             to = _elsewhere(event, uri, experiment)
             with _named(folder, to):
                 said.append(f"delivered as run {deliver_sweep(event, to, folder)} to {shown(to.content['uri'])}")
-    return "; ".join(said) or "none of its jobs was delivered, so there is nothing to say of the sweep"
+    return "; ".join(said) or "none of its jobs is in MLflow, so there is nothing to add"
 
 
 def _delivered(events: list[Event], report: Report) -> str:

@@ -24,11 +24,13 @@ PLACE = ("uri", "experiment", "artifacts")  # of a first event's content: where 
 def of(folder: Path) -> dict[str, Any] | None:
     """The sweep that the run in `folder` is a job of, for the run's first event. None if it is no sweep's."""
     for root in filter(is_sweep, folder.absolute().parents):
-        jobs = Ledger(root).jobs()
-        job = _job(root, folder.absolute(), jobs)
-        if job is not None and (told := _identity(root)):
+        try:
+            jobs = Ledger(root).jobs()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # somebody else's sweep.json
+        if job := _job(root, folder.absolute(), jobs):
             own = [override for override in job.overrides if override not in common_overrides(jobs)]
-            return told | {"job": " ".join([str(job.number), *own])}
+            return _identity(root) | {"job": " ".join([str(job.number), *own])}
     return None
 
 
@@ -46,7 +48,7 @@ def ended(folder: Path) -> list[Event]:
     """
     jobs, identity = Ledger(folder).jobs(), _identity(folder)
     places = [place for path in folders(folder, JOURNAL) if (place := _place(path))]
-    if not identity or not places:
+    if not places:
         return []
     runs, count = _runs(folder), Counter(job.state for job in jobs)
     best = front.best(runs)
@@ -75,12 +77,10 @@ def _job(root: Path, folder: Path, jobs: Sequence[Job]) -> Job | None:
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    """Empty for a sweep that was begun before sweeps had ids."""
     told, name = Ledger(folder).told, folder.absolute().name
-    if "id" not in told:
-        return {}
     command = shown(shlex.join(["python", "-m", "optpipe", *told["command"]]))
-    return {"id": told["id"], "name": name, "command": command, "begun": told["begun"]}
+    known_by = told.get("id", str(told["begun"]))  # those of an earlier optpipe have none
+    return {"id": known_by, "name": name, "command": command, "begun": told["begun"]}
 
 
 def _status(count: Counter[State]) -> str:
