@@ -70,11 +70,23 @@ def test_a_sweep_that_was_killed_goes_on(project: Path, cache: Path) -> None:
     assert f"job 0 is done: {folder}/0" in err
 
 
-def test_jobs_at_once_share_results_and_cores(optpipe: Any, project: Path) -> None:
+def test_jobs_at_once_share_results_cores_and_a_run_in_mlflow(optpipe: Any, project: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = optpipe(*WORDS, "hydra/launcher=parallel", "clip.limit=0.5,1.0", "seed=0")
+    from mlflow import MlflowClient
+
+    tracked = [word for word in WORDS if word != "tracking=none"]
+    done = optpipe(*tracked, "hydra/launcher=parallel", "clip.limit=0.5,1.0", "seed=0")
     assert done.code == 0, done.err
     assert states(only(project)) == [State.done] * 2
+    client = MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("optpipe")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (sweep,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert sweep.info.run_name == only(project).name and sweep.info.status == "FINISHED"
+    below = [run.info.run_name for run in runs if run.data.tags.get("mlflow.parentRunId") == sweep.info.run_id]
+    assert sorted(below) == ["0 clip.limit=0.5", "1 clip.limit=1.0"]
+    assert [item.path for item in client.list_artifacts(sweep.info.run_id)] == ["sweep.html"]
 
 
 def test_the_folder_is_one_sweeps(tmp_path: Path) -> None:

@@ -19,12 +19,16 @@ from typing import Any
 
 import my_network
 import pytest
+import reports
 
 import optpipe
 from optpipe import register
+from optpipe.report.__main__ import main as report_command
+from optpipe.sweep import Ledger, State
 from optpipe.tracking.__main__ import main as tracking_command
 from optpipe.tracking.delivery import Delivery
 from optpipe.tracking.journal import Journal
+from optpipe.tracking.live import finish_sweep
 
 QUICK = ("target.instruction_set=neon", "measure.previews=false", "rehearse=false", "pipeline=[clip,between,clip_more]")
 BETWEEN: list[Callable[[], None]] = []  # what happens while the second of the three steps runs
@@ -342,6 +346,110 @@ def test_an_address_that_is_wrong_in_itself_is_refused_before_the_run(uri: str, 
     with pytest.raises(optpipe.RecipeError, match=re.escape(said)):
         run(project, "a", uri)
     assert not (project / "a" / "report.json").exists()
+
+
+def begun(project: Path) -> Ledger:
+    """A sweep of two jobs, none of which has run."""
+    ledger = Ledger(project / "sweep")
+    ledger.begin(["+recipe=clip_int8", "clip.limit=0.1,0.2"], [["clip.limit=0.1"], ["clip.limit=0.2"]])
+    return ledger
+
+
+def job(ledger: Ledger, number: int, project: Path, uri: str) -> None:
+    """A real run in this process as one of a sweep's jobs."""
+    folder = ledger.folder / str(number)
+    with ledger.running(number, [], folder):
+        run(project, str(folder), uri, *ledger.job(number).overrides)
+
+
+def tree(uri: str) -> dict[str, list[str]]:
+    """Names of the runs below each, with how they ended; those at the top are below \"\"."""
+    runs = runs_at(uri)
+    names = {found.info.run_id: found.info.run_name for found in runs}
+    found: dict[str, list[str]] = {}
+    for one in runs:
+        above = names.get(one.data.tags.get("mlflow.parentRunId", ""), "")
+        found.setdefault(above, []).append(f"{one.info.run_name} {one.info.status}")
+    return found
+
+
+def test_a_sweep_that_found_no_store_is_pushed_with_its_jobs_once(
+    project: Path, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger = begun(project)
+    job(ledger, 0, project, "http://127.0.0.1:9")
+    BETWEEN.append(lambda: [].pop())
+    job(ledger, 1, project, "http://127.0.0.1:9")
+    capsys.readouterr()
+    finish_sweep(ledger.folder)
+    said = capsys.readouterr().err
+    assert (
+        said.count("tracking: ") == 1 and f"deliver the sweep later: python -m optpipe.tracking push {project}" in said
+    )
+    assert push(ledger.folder) == 1
+    assert capsys.readouterr().err.count("is not delivered") == 1  # nor are the others tried
+    assert push(ledger.folder, "--uri", store) == 0
+    assert capsys.readouterr().out.count(": delivered as run") == 3
+    expected = {
+        "": ["sweep FAILED"], "sweep": ["0 clip.limit=0.1 FINISHED", "1 clip.limit=0.2 FAILED"],
+        "0 clip.limit=0.1": ["clip FINISHED", "between FINISHED", "clip_more FINISHED"],
+        "1 clip.limit=0.2": ["clip FINISHED", "between FAILED"],
+    }  # fmt: skip
+    assert tree(store) == expected
+    (parent,) = [found for found in runs_at(store) if "optpipe.sweep" in found.data.tags]
+    assert parent.data.tags["optpipe.command"] == "python -m optpipe +recipe=clip_int8 clip.limit=0.1,0.2"
+    assert parent.data.metrics == {"jobs": 2, "jobs_done": 1, "jobs_failed": 1}  # the target cannot be timed here
+    assert push(ledger.folder) == 0
+    assert capsys.readouterr().out.count(": already delivered as run") == 3 and tree(store) == expected
+
+
+def test_a_sweep_that_goes_on_stays_one_run(project: Path, store: str) -> None:
+    from mlflow import MlflowClient
+
+    ledger = begun(project)
+    job(ledger, 0, project, store)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    BETWEEN.append(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job(ledger, 1, project, store)
+    finish_sweep(ledger.folder)
+    assert tree(store)[""] == ["sweep KILLED"]
+    (attempt,) = [found for found in runs_at(store) if found.info.run_name.startswith("1 ")]
+    MlflowClient(store).update_run(attempt.info.run_id, "RUNNING")  # as kill -9 leaves it
+    BETWEEN[:] = [lambda: during.append(tree(store)[""])]
+    during: list[list[str]] = []
+    shutil.rmtree(ledger.folder / "1")
+    job(ledger, 1, project, store)
+    finish_sweep(ledger.folder)
+    assert during == [["sweep RUNNING"]]
+    assert [entry.state for entry in ledger.jobs()] == [State.done, State.done]
+    found = tree(store)
+    assert found[""] == ["sweep FINISHED"]
+    assert found["sweep"] == ["0 clip.limit=0.1 FINISHED", "1 clip.limit=0.2 KILLED", "1 clip.limit=0.2 FINISHED"]
+
+
+def test_the_run_of_a_sweep_says_what_came_of_it(tmp_path: Path, store: str) -> None:
+    from mlflow import MlflowClient
+
+    ledger = begun(tmp_path)
+    for number, speedup in enumerate((4.0, 2.0)):
+        fast = reports.measurement(latency=[reports.latency(speedup=speedup, speedup_ci95=(speedup, speedup))])
+        with ledger.running(number, [], ledger.folder / str(number)):
+            folder = reports.write_run(ledger.folder / str(number), reports.of(fast, "ok"))
+        (folder / "config.json").write_text("{}")
+        (folder / "model").mkdir()
+        (folder / "model" / "manifest.json").write_text('{"files": {"model.onnx": {"sha256": "0"}}}')
+    finish_sweep(ledger.folder)  # nothing, since none of its jobs was tracked
+    assert runs_at(store) == [] and report_command([str(ledger.folder)]) == 0
+    assert push(ledger.folder, "--uri", store) == 0
+    (parent,) = [found for found in runs_at(store) if "optpipe.sweep" in found.data.tags]
+    assert parent.data.tags["optpipe.best"] == "0" and parent.data.tags["optpipe.status"] == "done"
+    shown = {name: parent.data.metrics[name] for name in ("jobs_done", "speedup", "best/size_bytes", "best/quality")}
+    assert shown == {"jobs_done": 2, "speedup": 4.0, "best/size_bytes": 25_000, "best/quality": 0.95}
+    assert [item.path for item in MlflowClient(store).list_artifacts(parent.info.run_id)] == ["sweep.html"]
 
 
 def assert_refused(capsys: pytest.CaptureFixture[str], said: str, *words: object) -> None:
