@@ -62,7 +62,7 @@ def _run(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    from optpipe.report import front
+    from optpipe.report import front, scatter
     from optpipe.report.runs import reasons
 
     runs, problems = below(folder)
@@ -70,7 +70,7 @@ def _sweep(folder: Path) -> None:
     show(table_of_runs(runs, f"{folder}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}"))
     for said in [*flags, *reasons(runs), *front.said(runs)]:
         print(said)
-    print(f"page: {write_sweep(runs, folder, flags, front.said(runs))}")
+    print(f"page: {write_sweep(runs, folder, flags, front.said(runs), scatter.drawn(runs))}")
 
 
 def _machine_flags(runs: Sequence[Run]) -> list[str]:

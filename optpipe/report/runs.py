@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from optpipe.errors import OptpipeError
 from optpipe.report import figures, templates
 from optpipe.report.page import PAGE
@@ -143,10 +145,12 @@ def table(runs: Sequence[Run], title: str) -> Any:
     return view
 
 
-def write_sweep(runs: Sequence[Run], folder: Path, flags: Sequence[str], front: Sequence[str] = ()) -> Path:
+def write_sweep(
+    runs: Sequence[Run], folder: Path, flags: Sequence[str], front: Sequence[str] = (), picture: Markup | None = None
+) -> Path:
     """Write sweep.html into `folder`: the table, with links to the pages of the runs.
 
-    flags: what to mind. front: which of them nothing beats, in words.
+    flags: what to mind. front: which of them nothing beats, in words. picture: the same as a drawing.
     """
     links = [
         quote((run.folder / PAGE).relative_to(folder).as_posix()) if (run.folder / PAGE).exists() else ""
@@ -162,5 +166,6 @@ def write_sweep(runs: Sequence[Run], folder: Path, flags: Sequence[str], front: 
         flags=flags,
         reasons=reasons(runs),
         front=front,
+        picture=picture,
     )
     return templates.write(text, folder / SWEEP)
