@@ -215,6 +215,7 @@ def test_the_runs_of_a_sweep_side_by_side(tmp_path: Path, capsys: pytest.Capture
     assert "prune.ratio" in out and "0.3" in out and "0.5" in out and out.index("0.3") < out.index("0.5")
     assert "4.00 [3.90, 4.10]" in out and "✗ failed" in out and "raised KeyError" in out
     assert "12/report.json cannot be read" in out and "seed" in out  # the run without overrides has no seed
+    assert text.count("<circle") == 2 and "<figcaption>" in text  # of the runs whose figures are known
     assert 'href="10/report.html"' in text and 'href="11/' not in text and "✗ failed" in text
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import reports
@@ -18,6 +22,7 @@ from optpipe.compose import combinations
 from optpipe.errors import RecipeError
 from optpipe.report.front import best, front
 from optpipe.report.runs import Run
+from optpipe.report.scatter import drawn
 from optpipe.sweep import Job, Ledger, State, alone, folder_for, left
 
 WORDS = (
@@ -149,3 +154,74 @@ def test_the_best_keeps_its_budget() -> None:
     found = best([over, fast, small])
     assert found is not None and found.name == "small"  # as fast as can be told
     assert best([over]) is None
+
+
+Place = tuple[float, float, float]  # to the right, up, radius
+
+
+def marks(runs: Sequence[Run]) -> tuple[ElementTree.Element, dict[str, Place], dict[str, set[str]]]:
+    """The picture of `runs`, where each run's circle is in it, and the classes of every mark."""
+    picture = drawn(runs)
+    assert picture is not None and "nan" not in picture and "inf" not in picture
+    root = ElementTree.fromstring(picture)
+    places, classes = {}, {}
+    for parent in root:
+        if (title := parent.find("title")) is None or not title.text:
+            continue
+        name = title.text.split(":")[0]
+        mark = parent.find("path") if parent.tag == "g" else parent
+        assert mark is not None
+        classes[name] = set(mark.attrib["class"].split())
+        if mark.tag == "circle":
+            x, y, radius = (float(mark.attrib[key]) for key in ("cx", "cy", "r"))
+            places[name] = (x, -y, radius)
+    return root, places, classes
+
+
+def test_the_front_is_drawn() -> None:
+    fast, small, good = ran("fast", 10, 40_000, -0.01), ran("small", 5, 10_000, -0.01), ran("good", 2, 90_000, 0.0)
+    twin, beaten = ran("twin", 10.2, 40_000, -0.012), ran("beaten", 4, 60_000, -0.02)
+    root, places, classes = marks([good, beaten, fast, small, twin])
+    assert root.attrib["role"] == "img" and set(places) == {"fast", "small", "good", "twin", "beaten"}
+    assert {name for name in classes if "best" in classes[name]} == {"fast", "small", "good", "twin"}
+    labels = root.findall("text[@class='label']")
+    assert sorted(label.text or "" for label in labels) == ["fast", "good", "small", "twin"]
+    assert len({(label.attrib["x"], label.attrib["y"]) for label in labels}) == 4
+    assert sorted(places, key=lambda name: places[name][0]) == ["good", "beaten", "small", "fast", "twin"]
+    up = {name: place[1] for name, place in places.items()}
+    assert up["good"] > up["fast"] == up["small"] > up["twin"] > up["beaten"]
+    assert math.isclose(places["fast"][2], 2 * places["small"][2], rel_tol=0.01)  # 4 times the area
+    (joined,) = root.findall("path[@class='alike']")
+    ends = [places["fast"][:2], places["twin"][:2]]
+    assert joined.attrib["d"] == " L".join(f"{x:g} {-y:g}" for x, y in ends).join(["M", ""])
+    assert len(root.findall("line[@class='cross best']")) == 8 and len(root.findall("line[@class='cross']")) == 2
+
+
+def test_the_limits_are_drawn_and_what_is_far_beyond_them_points_there() -> None:
+    runs = [
+        ran("in", 4, 50_000, -0.005),
+        ran("over", 6, 50_000, -0.03, "over_budget"),
+        ran("lost", 40, 9_000, -0.8, "over_budget"),
+    ]
+    for run in runs:
+        run.report.budget = replace(run.report.budget, limits={"quality_drop": 0.02, "speedup": 3.0, "size_bytes": 1e6})
+    root, places, classes = marks(runs)
+    assert "lost" not in places and "over" in classes["lost"] & classes["over"] and "over" not in classes["in"]
+    across, upright = root.findall("line[@class='limit']")
+    assert places["over"][1] < -float(across.attrib["y1"]) < places["in"][1]
+    assert float(upright.attrib["x1"]) < places["in"][0]
+    runs[0].report.budget.limits["quality_drop"] = 0.01  # no limit of all any more
+    assert len(marks(runs)[0].findall("line[@class='limit']")) == 1
+
+
+def test_better_is_above_whichever_way_the_metric_points() -> None:
+    def erring(name: str, delta: float, **changed: Any) -> Run:
+        quality = reports.quality(metric="mae", unit="value", delta=delta, delta_ci95=(delta - 1, delta + 1), **changed)
+        open_ended = reports.latency(speedup_ci95=(0.0, math.inf))
+        final = reports.measurement(quality=quality, latency=[open_ended])
+        return Run(name, Path(name), reports.of(final, "ok"))
+
+    _, places, _ = marks([erring("worse", 2.0, higher_is_better=False), erring("better", -2.0, higher_is_better=False)])
+    assert places["better"][1] > places["worse"][1]
+    assert drawn([erring("one", 1.0, higher_is_better=False), ran("accuracy", 2, 10, 0.0)]) is None
+    assert drawn([erring("one", 1.0)]) is None and drawn([]) is None
