@@ -1,4 +1,4 @@
-"""MLflow: one run per recipe, one nested run per stage. `none` is an object with the same methods."""
+"""MLflow: a run per recipe, below it one per stage, above it its sweep's. `none` is an object with the same methods."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.errors import RecipeError, named_reason, reason
-from optpipe.progress import log, say
+from optpipe.progress import console, log, say
 from optpipe.report import Measurement, Report, StageResult
 from optpipe.tracking import Tracking, journal, shown, sweeps
 from optpipe.tracking.delivery import Delivery, cannot_connect
@@ -103,9 +103,10 @@ def finish_sweep(folder: Path) -> None:
             with Journal(folder).alone():
                 deliver_sweep(event, event, folder)
         except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
-            log.info("tracking failed", exc_info=True)
-            say(f"tracking: {shown(event.content['uri'])} failed ({named_reason(origin(error))})")
-            say(f"  deliver the sweep later: {PUSH} {folder}")
+            said = f"tracking: {shown(event.content['uri'])} failed ({named_reason(origin(error))})"
+            console.print(
+                f"{said}\n  deliver the sweep later: {PUSH} {folder}", markup=False
+            )  # Hydra would log it twice
             return
 
 

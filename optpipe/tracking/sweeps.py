@@ -95,4 +95,4 @@ def _place(folder: Path) -> dict[str, Any]:
         first = Journal(folder).read()[:1]
     except OptpipeError:
         return {}
-    return {name: first[0].content[name] for name in PLACE} if first else {}
+    return {name: first[0].content[name] for name in PLACE} if first and first[0].kind == "start" else {}
