@@ -374,14 +374,17 @@ def tree(uri: str) -> dict[str, list[str]]:
 
 
 def test_a_sweep_that_found_no_store_is_pushed_with_its_jobs_once(
-    project: Path, store: str, capsys: pytest.CaptureFixture[str]
+    project: Path, store: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = begun(project)
     job(ledger, 0, project, "http://127.0.0.1:9")
     BETWEEN.append(lambda: [].pop())
     job(ledger, 1, project, "http://127.0.0.1:9")
     capsys.readouterr()
+    caplog.set_level("INFO", "optpipe")
+    caplog.clear()
     finish_sweep(ledger.folder)
+    assert not caplog.records  # Hydra shows them, once it has run the jobs
     said = capsys.readouterr().err
     assert (
         said.count("tracking: ") == 1 and f"deliver the sweep later: python -m optpipe.tracking push {project}" in said
