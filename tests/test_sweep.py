@@ -210,6 +210,7 @@ def test_the_limits_are_drawn_and_what_is_far_beyond_them_points_there() -> None
     across, upright = root.findall("line[@class='limit']")
     assert places["over"][1] < -float(across.attrib["y1"]) < places["in"][1]
     assert float(upright.attrib["x1"]) < places["in"][0]
+    assert "chosen" in classes["in"] and "chosen" not in classes["over"] | classes["lost"]
     runs[0].report.budget.limits["quality_drop"] = 0.01  # no limit of all any more
     assert len(marks(runs)[0].findall("line[@class='limit']")) == 1
 

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from optpipe.report import figures
 from optpipe.report.charts import WIDE
-from optpipe.report.front import Point, front, point
+from optpipe.report.front import Point, best, front, point
 from optpipe.report.runs import Run
 from optpipe.report.schema import Measurement, Quality
 from optpipe.report.svg import Scale, drawing, line, path, tag, text
@@ -32,15 +32,16 @@ def drawn(runs: Sequence[Run]) -> Markup | None:
     metrics = {(one.metric, one.unit, one.higher_is_better) for one in map(_quality, points)}
     if len(points) < 2 or len(metrics) != 1:
         return None
-    return Scatter(points, front(runs)).drawn()
+    return Scatter(points, front(runs), best(runs)).drawn()
 
 
 class Scatter:
-    """At least two runs, and those of them that are on the front, in groups that cannot be told apart."""
+    """At least two runs, those on the front in groups that cannot be told apart, and the one that was chosen."""
 
-    def __init__(self, points: Sequence[Point], groups: Sequence[Sequence[Point]]) -> None:
+    def __init__(self, points: Sequence[Point], groups: Sequence[Sequence[Point]], chosen: Run | None) -> None:
         self.points, self.groups = points, groups
         self.best = [found.run.name for group in groups for found in group]
+        self.chosen = chosen.name if chosen else ""
         self.quality = _quality(points[0])
         self.limits = _limits(points)
         self.x, self.y = self._speeds(), self._qualities()
@@ -49,7 +50,7 @@ class Scatter:
     def drawn(self) -> Markup:
         parts = [*self._axes(), *self._budget()]
         parts += [path(sorted(map(self._at, group)), "alike") for group in self.groups if len(group) > 1]
-        order = sorted(self.points, key=lambda one: (one.run.name in self.best, one.size))  # small ones in front
+        order = sorted(self.points, key=lambda one: (self._is_named(one), one.size))  # small ones in front
         parts += [mark for one in order for mark in (*self._cross(one), self._mark(one))]
         title = "The runs: times faster, and difference in quality from the model as it came in"
         return drawing("front", title, WIDE, BOTTOM + 38, *parts, *self._labels())
@@ -86,7 +87,7 @@ class Scatter:
         for tick in self.x.ticks():
             yield line(self.x(tick), TOP, self.x(tick), BOTTOM, "grid")
             yield text(self.x(tick), BOTTOM + 14, figures.short(tick), class_="small", anchor="middle")
-        for tick in self.y.ticks():
+        for tick in self.y.ticks(6):
             yield line(LEFT, self.y(tick), WIDE - 8, self.y(tick), "grid" if tick else "zero")
             yield text(LEFT - 6, self.y(tick) + 4, self._change(tick), class_="small", anchor="end")
         if self.x.low < 1 < self.x.high:
@@ -123,10 +124,14 @@ class Scatter:
         (x, y), words = self._at(one), ["mark"]
         words += ["best"] if one.run.name in self.best else []
         words += ["over"] if one.run.report.status != "ok" else []
+        words += ["chosen"] if one.run.name == self.chosen else []
         if self._is_below(one):
             corners = [(x, y + 4), (x - 5, y - 4), (x + 5, y - 4), (x, y + 4)]
             return tag("g", tag("title", self._said(one)), path(corners, " ".join(words)))
         return tag("circle", tag("title", self._said(one)), cx=x, cy=y, r=self._radius(one), class_=" ".join(words))
+
+    def _is_named(self, one: Point) -> bool:
+        return one.run.name in (*self.best, self.chosen)
 
     def _is_below(self, one: Point) -> bool:
         return one.quality[0] < self.y.low
@@ -141,9 +146,9 @@ class Scatter:
         return f"{one.run.name}: {told}\n{settings}"
 
     def _labels(self) -> Iterator[Markup]:
-        """The names on the front, each beside its mark where it hides no other, as far as there is such a place."""
+        """Names, each beside its mark where it hides no other, as far as there is such a place."""
         self.taken += [_around(self._at(one), self._radius(one)) for one in self.points]
-        for one in (one for group in self.groups for one in group):
+        for one in filter(self._is_named, self.points):
             (x, y), away = self._at(one), self._radius(one) * 0.7 + 3
             width = BOLD * len(one.run.name)
             places = [(x + dx, y + dy) for dx in (away, -away - width) for dy in (-away, away + TALL - 3)]

@@ -104,7 +104,7 @@ class Delivery:
             return
         left = f"tags.`mlflow.parentRunId` = '{self.run_id}' and attributes.status = 'RUNNING'"
         for job in self._search(left, limit=1000):  # of processes that were killed
-            self._client.set_terminated(job.info.run_id, "KILLED", event.time_ms)
+            self._client.set_terminated(job.info.run_id, "KILLED", max(event.time_ms, job.info.start_time))
         status = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}[told["status"]]
         self._client.set_terminated(self.run_id, status, event.time_ms)
 
