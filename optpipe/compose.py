@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -74,6 +75,7 @@ def prepare(command: Command) -> None:
     for name, schema in SCHEMAS.items():
         registry.store_schema(name, schema)
     registry.load_stages()
+    _add_launchers()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
     problems = []
@@ -83,6 +85,13 @@ def prepare(command: Command) -> None:
     problems += _shadowed(command)
     if problems:
         raise RecipeError(problems, command.subject)
+
+
+def _add_launchers() -> None:
+    """Hydra looks for plug-ins in folders, and so misses those of an editable installation."""
+    from hydra_plugins.optpipe_ray import RayLauncher
+
+    Plugins.instance().register(RayLauncher)
 
 
 def _plugins(command: Command) -> list[str]:
@@ -265,6 +274,7 @@ class Here:
     number: int = 0  # of a sweep's jobs
     sweep_folder: Path = Path()
     at_once: int = 1  # jobs that its launcher runs on one machine
+    cores: int | None = None  # that its launcher gives a job
 
 
 def of_hydra() -> Here:
@@ -275,7 +285,9 @@ def of_hydra() -> Here:
     overrides, folder = list(config.overrides.task), Path(config.runtime.output_dir)
     if str(config.mode) != "RunMode.MULTIRUN":
         return Here(folder, overrides)
-    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), at_once(config.launcher))
+    launcher = config.launcher
+    cores = launcher.get("num_cpus") or launcher.get("cpus_per_task")  # as Ray and submitit call them
+    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), at_once(launcher), cores)
 
 
 def at_once(launcher: Any) -> int:

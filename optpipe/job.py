@@ -31,7 +31,7 @@ def run(config: DictConfig, command: Command, started: float) -> int:
     if not registry.stages():  # a process of a launcher's
         compose.prepare(command)
     if command.is_sweep:
-        machine.share_cores(here.at_once)
+        machine.share_cores(here.at_once, here.cores)
         return _in_sweep(config, command, here, time.perf_counter())  # `started` may be another process's clock
     try:
         return _show(_executed(config, command, here, started), here.folder)

@@ -1,8 +1,8 @@
 """A sweep: its ledger, written as it goes, from which the same command goes on, and what a person sees meanwhile.
 
 The folder of a sweep holds sweep.json, which names the command and every job that it makes, `jobs` with the state of
-each, and a folder per job. Only the process of a job writes its state, so that launchers may run jobs anywhere that
-sees the folder.
+each, and a folder per job. Only the process of a job writes its state, or who knows that this process has ended, so
+that launchers may run jobs anywhere that sees the folder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from optpipe.progress import console, say
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
 LATELY_SECONDS = 1.0  # between two looks at the ledger, for the live table
+CLOCK_SECONDS = 2.0  # by which the time when a process began may be wrong
 KEPT = (".hydra", "optpipe.log")  # of a job's folder that is run again: what Hydra has just written
 
 
@@ -132,19 +133,38 @@ class Ledger:
         else:
             job = replace(job, state=State.done, code=outcome.code)
         self.write(replace(job, seconds=time.time() - begin))
-        self._say(job)
+        self.tell(job)
 
     def refuse(self, number: int, overrides: Sequence[str], reason: str) -> None:
         """Say why a job cannot be begun."""
         job = Job(number=number, overrides=list(overrides), state=State.failed, reason=reason, code=1)
         self.write(job)
-        self._say(job)
+        self.tell(job)
 
     def plan(self, count: int) -> None:
         """Say how many jobs there will be, where their settings are not known before."""
         _write(self.folder / FILE, {**self.told, "jobs": [[]] * count})
 
-    def _say(self, job: Job) -> None:
+    def died(self, number: int, reason: str, *, again: bool = False) -> bool:
+        """Write down a job whose process is known to have ended before it could do so itself; False if it could.
+
+        again: it waits; otherwise it has failed.
+        """
+        job = self.job(number)
+        if job.state in ENDED:
+            self.tell(job)
+            return False
+        if again:
+            self.write(replace(job, state=State.waiting))
+            say(f"job {number} waits to begin again: {reason}")
+        else:
+            job = replace(job, state=State.failed, reason=reason, code=1)
+            self.write(job)
+            self.tell(job)
+        return True
+
+    def tell(self, job: Job) -> None:
+        """One line about what became of `job`."""
         jobs = self.jobs()
         over = sum(found.state in ENDED for found in jobs)
         common = common_overrides(jobs)
@@ -293,7 +313,14 @@ def _is_gone(job: Job) -> bool:
     """Whether the process of a running job has ended. Of another machine's that cannot be known here."""
     import psutil
 
-    return job.host == socket.gethostname() and not psutil.pid_exists(job.pid)
+    if job.host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(job.pid)
+        younger = process.create_time() > job.started + CLOCK_SECONDS  # another process that was given its number
+        return younger or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _write(path: Path, told: Any) -> None:
