@@ -65,6 +65,7 @@ SCHEMAS: dict[str, type] = {
 }
 SEARCH = "hydra_plugins.optpipe_search.Search"  # of hydra/sweeper=search
 SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax", "goal"}
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}  # whose package has it
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
 
 T = TypeVar("T")
@@ -231,6 +232,8 @@ def _explain(override: str, error: Exception, command: Command) -> str:
         known = (
             recipes(command.config_dir) if group == "recipe" else [o.removesuffix(".yaml") for o in error.options or []]
         )
+        if extra := LAUNCHER_EXTRAS.get(option):
+            return f"'{override}': needs the launcher {option}, not installed here; pip install \"optpipe[{extra}]\""
         hint = did_you_mean(option, known) or ";"
         return f"there is no {group or 'config'} '{option}'{hint} there are {', '.join(known)}"
     if found := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)", f"{text} {cause}"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optpipe import compose, execute, machine, registry
 from optpipe.command import Command
-from optpipe.errors import OptpipeError
+from optpipe.errors import EXIT_INTERRUPTED, EXIT_PROBLEM, OptpipeError
 from optpipe.progress import console, log, say
 from optpipe.sweep import Ledger, State, cleared
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from optpipe.report import Report
-
-EXIT_PROBLEM = 1
-EXIT_INTERRUPTED = 130
 
 
 def run(config: DictConfig, command: Command, started: float) -> int:

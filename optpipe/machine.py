@@ -165,5 +165,11 @@ class MachineLock:
 
 @cache
 def machine_lock() -> MachineLock:
-    """The lock that all optpipe processes of this user share."""
-    return MachineLock(user_cache() / "machine.lock.db")
+    """The lock that all optpipe processes of this user share on this machine; a home folder may be that of many."""
+    return MachineLock(user_cache() / f"{_machine_id()}.lock.db")
+
+
+def _machine_id() -> str:
+    """What all containers on this machine have in common, where the system tells."""
+    told = Path("/proc/sys/kernel/random/boot_id")
+    return f"machine-{told.read_text()[:13]}" if told.exists() else f"machine-{platform.node()}"

@@ -26,6 +26,7 @@ from optpipe.progress import console, say
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
 LATELY_SECONDS = 1.0  # between two looks at the ledger, for the live table
+QUEUED = "SLURM_JOB_ID"  # that Slurm gives a job
 CLOCK_SECONDS = 2.0  # by which the time when a process began may be wrong
 KEPT = (".hydra", "optpipe.log")  # of a job's folder that is run again: what Hydra has just written
 
@@ -57,6 +58,7 @@ class Job:
     host: str = ""
     pid: int = 0
     started: float = 0.0  # seconds since 1970
+    queued: str = ""  # Slurm's number of it, which a job keeps when it is queued again
 
     @property
     def is_over(self) -> bool:
@@ -111,18 +113,21 @@ class Ledger:
 
     @contextmanager
     def running(self, number: int, overrides: Sequence[str], folder: Path = Path()) -> Iterator[Outcome]:
-        """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
+        """One job while it runs. What it raises is its reason, and does not leave here.
+
+        But a person's Ctrl-C does, and a queue's request to end, to begin again elsewhere (SystemExit).
+        """
         begin, outcome, planned = time.time(), Outcome(), self.told["jobs"]
         asked = planned[number] if number < len(planned) else []
         words = asked or overrides  # as a person wrote them, not as Hydra does; a search plans none
         job = Job(
             number=number, overrides=list(words), state=State.running, host=socket.gethostname(), pid=os.getpid(),
-            started=begin, folder=str(folder),
+            started=begin, folder=str(folder), queued=os.environ.get(QUEUED, ""),
         )  # fmt: skip
         self.write(job)
         try:
             yield outcome
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self.write(replace(job, state=State.waiting))
             raise
         except OverBudget as error:
@@ -310,15 +315,17 @@ def view(jobs: Sequence[Job]) -> Any:
 
 
 def _is_gone(job: Job) -> bool:
-    """Whether the process of a running job has ended. Of another machine's that cannot be known here."""
+    """Whether the process of a running job has ended. Of another machine's only Slurm knows: it runs a job once."""
     import psutil
 
+    if job.queued and job.queued == os.environ.get(QUEUED) and job.pid != os.getpid():
+        return True  # this is the same one, begun again
     if job.host != socket.gethostname():
         return False
     try:
         process = psutil.Process(job.pid)
         younger = process.create_time() > job.started + CLOCK_SECONDS  # another process that was given its number
-        return younger or process.status() == psutil.STATUS_ZOMBIE
+        return bool(younger or process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
 

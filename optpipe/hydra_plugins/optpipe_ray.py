@@ -30,7 +30,7 @@ from omegaconf import DictConfig, open_dict
 STOP_SECONDS = 20.0  # for jobs to write down that they wait again, after Ctrl-C
 
 
-class RayLauncher(Launcher):
+class RayLauncher(Launcher):  # type: ignore[misc]
     """Runs the jobs of an optpipe sweep as tasks of a Ray cluster, and those whose worker died again.
 
     address: of the cluster, as host:port; "auto" for the one that RAY_ADDRESS or this machine knows; "local" for one
@@ -45,10 +45,13 @@ class RayLauncher(Launcher):
         if num_cpus < 1 or max_retries < 0:
             raise ValueError(f"num_cpus is {num_cpus}, max_retries {max_retries}; at least 1 and 0 are needed")
         self.address, self.max_retries = address, max_retries
-        resources = dict(resources or {})
-        # Spread: jobs on one machine wait for one another whenever one of them measures.
-        self.options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources, "max_retries": 0}
-        self.options["scheduling_strategy"] = "SPREAD"
+        self.options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "resources": dict(resources or {}),
+            "max_retries": 0,  # by Ray itself, which does not know the ledger
+            "scheduling_strategy": "SPREAD",  # jobs on one machine wait for one another whenever one of them measures
+        }
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
@@ -158,8 +161,9 @@ def _cluster(address: str) -> Iterator[Any]:
         raise ConfigCompositionException('hydra/launcher=ray needs ray; pip install "optpipe[ray]"') from None
     before = signal.getsignal(signal.SIGTERM)
     try:
+        _answers(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         said = f"there is no Ray cluster at hydra.launcher.address={address} ({str(error).splitlines()[0]}); "
         raise ConfigCompositionException(f"{said}start one with `ray start --head`, or name its host:port") from error
     if threading.current_thread() is threading.main_thread():
@@ -168,6 +172,15 @@ def _cluster(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> None:
+    """Raises OSError where nothing listens at host:port: Ray would try for minutes."""
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)  # as Ray does
+    host, colon, port = address.rpartition(":")
+    if colon and "/" not in address:
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _job(folder: str, path: list[str], payload: bytes) -> JobReturn:
