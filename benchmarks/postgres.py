@@ -69,10 +69,15 @@ def server(folder: Path) -> Iterator[str]:
         folder.chmod(0o755)
         shutil.chown(data, user)
     subprocess.run(
-        [program("initdb"), "-D", data, "-U", "optpipe", "--auth=trust"], check=True, user=user, stdout=subprocess.DEVNULL
+        [program("initdb"), "-D", data, "-U", "optpipe", "--auth=trust"],
+        check=True,
+        user=user,
+        stdout=subprocess.DEVNULL,
     )
     settings = ["-c", "listen_addresses=127.0.0.1", "-p", str(port), "-c", "unix_socket_directories="]
-    with subprocess.Popen([program("postgres"), "-D", data, *settings], user=user, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [program("postgres"), "-D", data, *settings], user=user, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             for database in ("studies", "mlflow"):
                 created(port, database)

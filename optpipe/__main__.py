@@ -20,12 +20,21 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run optpipe with the words of the command line; exit with 1 if it could not do what they ask."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
+    try:
+        _main()
+    except KeyboardInterrupt:  # when no job was running
+        from optpipe.errors import EXIT_INTERRUPTED
+
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _main() -> None:
     from optpipe import compose, execute
     from optpipe.command import read
     from optpipe.errors import OptpipeError
-    from optpipe.job import EXIT_INTERRUPTED, say_error
+    from optpipe.job import say_error
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is ended keeps what it has, as with Ctrl-C
     command = read(sys.argv[1:])
     try:
         compose.prepare(command)
@@ -37,8 +46,6 @@ def main() -> None:
             _check_writable(command)
     except OptpipeError as error:
         sys.exit(say_error(error))
-    except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
     sys.exit(_sweep(command) if command.is_sweep and not command.is_question else _hydra(command))
 
 
@@ -47,7 +54,7 @@ def _hydra(command: Any) -> int:
     import hydra
 
     from optpipe.compose import CONF
-    from optpipe.job import EXIT_INTERRUPTED
+    from optpipe.errors import EXIT_INTERRUPTED
 
     outcome = {"code": 0}
 
@@ -71,8 +78,8 @@ def _hydra(command: Any) -> int:
 def _sweep(command: Any) -> int:
     """Every job of a sweep that is not done yet; 1 if one failed or broke its budget."""
     from optpipe import compose, sweep
-    from optpipe.errors import RecipeError
-    from optpipe.job import EXIT_INTERRUPTED, say_error
+    from optpipe.errors import EXIT_INTERRUPTED, RecipeError
+    from optpipe.job import say_error
     from optpipe.report.__main__ import main as report
     from optpipe.tracking.live import finish_sweep
 
@@ -89,10 +96,13 @@ def _sweep(command: Any) -> int:
     if any(job.state is sweep.State.done for job in found):
         report([str(folder)])
     finish_sweep(folder)
+    waits = [job for job in found if job.state is sweep.State.waiting]
     for job in found:
-        if job.state is not sweep.State.done:
+        if job.state is not sweep.State.done and not (job in waits and code == EXIT_INTERRUPTED):
             print(f"job {job.number} {job.state.value}: {job.reason or job.said()}", file=sys.stderr)
-    if code == EXIT_INTERRUPTED or any(job.state is sweep.State.waiting for job in found):
+    if code == EXIT_INTERRUPTED:
+        print(f"Interrupted; {len(waits)} of {len(found)} jobs wait, and the same command goes on", file=sys.stderr)
+    elif waits:
         print("the same command goes on with what is not done", file=sys.stderr)
     elif search is not None and code == 0:
         return _answer(command, ledger, asked) if search.settings.is_for_goal else sweep.searched(found)

@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -64,6 +65,7 @@ SCHEMAS: dict[str, type] = {
 }
 SEARCH = "hydra_plugins.optpipe_search.Search"  # of hydra/sweeper=search
 SETTINGS = {"pipeline", "seed", "device", "plugins", "rehearse", "dry_run", "relax", "goal"}
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm"}  # whose package has it
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)  # what Hydra raises for a bad override
 
 T = TypeVar("T")
@@ -74,6 +76,7 @@ def prepare(command: Command) -> None:
     for name, schema in SCHEMAS.items():
         registry.store_schema(name, schema)
     registry.load_stages()
+    _add_launchers()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
     problems = []
@@ -83,6 +86,13 @@ def prepare(command: Command) -> None:
     problems += _shadowed(command)
     if problems:
         raise RecipeError(problems, command.subject)
+
+
+def _add_launchers() -> None:
+    """Hydra looks for plug-ins in folders, and so misses those of an editable installation."""
+    from hydra_plugins.optpipe_ray import RayLauncher
+
+    Plugins.instance().register(RayLauncher)
 
 
 def _plugins(command: Command) -> list[str]:
@@ -222,6 +232,8 @@ def _explain(override: str, error: Exception, command: Command) -> str:
         known = (
             recipes(command.config_dir) if group == "recipe" else [o.removesuffix(".yaml") for o in error.options or []]
         )
+        if extra := LAUNCHER_EXTRAS.get(option):
+            return f"'{override}': needs the launcher {option}, not installed here; pip install \"optpipe[{extra}]\""
         hint = did_you_mean(option, known) or ";"
         return f"there is no {group or 'config'} '{option}'{hint} there are {', '.join(known)}"
     if found := re.search(r"Key '(\w+)' (?:not in '(\w+)'|is not in struct)", f"{text} {cause}"):
@@ -265,6 +277,7 @@ class Here:
     number: int = 0  # of a sweep's jobs
     sweep_folder: Path = Path()
     at_once: int = 1  # jobs that its launcher runs on one machine
+    cores: int | None = None  # that its launcher gives a job
 
 
 def of_hydra() -> Here:
@@ -275,7 +288,9 @@ def of_hydra() -> Here:
     overrides, folder = list(config.overrides.task), Path(config.runtime.output_dir)
     if str(config.mode) != "RunMode.MULTIRUN":
         return Here(folder, overrides)
-    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), at_once(config.launcher))
+    launcher = config.launcher
+    cores = launcher.get("num_cpus") or launcher.get("cpus_per_task")  # as Ray and submitit call them
+    return Here(folder, overrides, int(config.job.num), Path(config.sweep.dir), at_once(launcher), cores)
 
 
 def at_once(launcher: Any) -> int:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
+EXIT_PROBLEM, EXIT_INTERRUPTED = 1, 130  # of the command
+
 
 class OptpipeError(Exception):
     """Base of every error that a user can mend. Its text says what was asked, what was found and what to do."""

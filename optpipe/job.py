@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optpipe import compose, execute, machine, registry
 from optpipe.command import Command
-from optpipe.errors import OptpipeError
+from optpipe.errors import EXIT_INTERRUPTED, EXIT_PROBLEM, OptpipeError
 from optpipe.progress import console, log, say
 from optpipe.sweep import Ledger, State, cleared
 
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from optpipe.report import Report
-
-EXIT_PROBLEM = 1
-EXIT_INTERRUPTED = 130
 
 
 def run(config: DictConfig, command: Command, started: float) -> int:
@@ -31,7 +28,7 @@ def run(config: DictConfig, command: Command, started: float) -> int:
     if not registry.stages():  # a process of a launcher's
         compose.prepare(command)
     if command.is_sweep:
-        machine.share_cores(here.at_once)
+        machine.share_cores(here.at_once, here.cores)
         return _in_sweep(config, command, here, time.perf_counter())  # `started` may be another process's clock
     try:
         return _show(_executed(config, command, here, started), here.folder)

@@ -42,17 +42,19 @@ def cpu() -> tuple[str, frozenset[str]]:
 
 
 _sharing = 1  # jobs of a sweep that run at once on this machine
+_given: int | None = None  # cores that a launcher gave this job of a sweep
 
 
-def share_cores(jobs: int) -> None:
-    """From now on this process takes its share of the cores, as one of `jobs`."""
-    global _sharing
-    _sharing = max(1, jobs)
+def share_cores(jobs: int, given: int | None = None) -> None:
+    """From now on this process takes its share of the cores, as one of `jobs`, and no more than it was given."""
+    global _sharing, _given
+    _sharing, _given = max(1, jobs), given
 
 
 def usable_cores() -> int:
     """Cores that this process may keep busy: its share of `bound_cores`, at least one."""
-    return max(1, bound_cores() // _sharing)
+    share = bound_cores() // _sharing
+    return max(1, min(share, _given or share))
 
 
 def bound_cores() -> int:
@@ -163,5 +165,11 @@ class MachineLock:
 
 @cache
 def machine_lock() -> MachineLock:
-    """The lock that all optpipe processes of this user share."""
-    return MachineLock(user_cache() / "machine.lock.db")
+    """The lock that all optpipe processes of this user share on this machine; a home folder may be that of many."""
+    return MachineLock(user_cache() / f"{_machine_id()}.lock.db")
+
+
+def _machine_id() -> str:
+    """What all containers on this machine have in common, where the system tells."""
+    told = Path("/proc/sys/kernel/random/boot_id")
+    return f"machine-{told.read_text()[:13]}" if told.exists() else f"machine-{platform.node()}"

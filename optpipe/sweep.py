@@ -1,8 +1,8 @@
 """A sweep: its ledger, written as it goes, from which the same command goes on, and what a person sees meanwhile.
 
 The folder of a sweep holds sweep.json, which names the command and every job that it makes, `jobs` with the state of
-each, and a folder per job. Only the process of a job writes its state, so that launchers may run jobs anywhere that
-sees the folder.
+each, and a folder per job. Only the process of a job writes its state, or who knows that this process has ended, so
+that launchers may run jobs anywhere that sees the folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from optpipe.progress import console, say
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
 LATELY_SECONDS = 1.0  # between two looks at the ledger, for the live table
+QUEUED = "SLURM_JOB_ID"  # that Slurm gives a job
+CLOCK_SECONDS = 2.0  # by which the time when a process began may be wrong
 KEPT = (".hydra", "optpipe.log")  # of a job's folder that is run again: what Hydra has just written
 
 
@@ -57,6 +59,7 @@ class Job:
     host: str = ""
     pid: int = 0
     started: float = 0.0  # seconds since 1970
+    queued: str = ""  # Slurm's number of it, which a job keeps when it is queued again
 
     @property
     def is_over(self) -> bool:
@@ -116,18 +119,21 @@ class Ledger:
 
     @contextmanager
     def running(self, number: int, overrides: Sequence[str], folder: Path = Path()) -> Iterator[Outcome]:
-        """One job while it runs. What it raises is its reason, and does not leave here; but a person's Ctrl-C does."""
+        """One job while it runs. What it raises is its reason, and does not leave here.
+
+        But a person's Ctrl-C does, and a queue's request to end, to begin again elsewhere (SystemExit).
+        """
         begin, outcome, planned = time.time(), Outcome(), self.told["jobs"]
         asked = planned[number] if number < len(planned) else []
         words = asked or overrides  # as a person wrote them, not as Hydra does; a search plans none
         job = Job(
             number=number, overrides=list(words), state=State.running, host=socket.gethostname(), pid=os.getpid(),
-            started=begin, folder=str(folder),
+            started=begin, folder=str(folder), queued=os.environ.get(QUEUED, ""),
         )  # fmt: skip
         self.write(job)
         try:
             yield outcome
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             self.write(replace(job, state=State.waiting))
             raise
         except OverBudget as error:
@@ -138,19 +144,38 @@ class Ledger:
         else:
             job = replace(job, state=State.done, code=outcome.code)
         self.write(replace(job, seconds=time.time() - begin))
-        self._say(job)
+        self.tell(job)
 
     def refuse(self, number: int, overrides: Sequence[str], reason: str) -> None:
         """Say why a job cannot be begun."""
         job = Job(number=number, overrides=list(overrides), state=State.failed, reason=reason, code=1)
         self.write(job)
-        self._say(job)
+        self.tell(job)
 
     def plan(self, count: int) -> None:
         """Say how many jobs there will be, where their settings are not known before."""
         _write(self.folder / FILE, {**self.told, "jobs": [[]] * count})
 
-    def _say(self, job: Job) -> None:
+    def died(self, number: int, reason: str, *, again: bool = False) -> bool:
+        """Write down a job whose process is known to have ended before it could do so itself; False if it could.
+
+        again: it waits; otherwise it has failed.
+        """
+        job = self.job(number)
+        if job.state in ENDED:
+            self.tell(job)
+            return False
+        if again:
+            self.write(replace(job, state=State.waiting))
+            say(f"job {number} waits to begin again: {reason}")
+        else:
+            job = replace(job, state=State.failed, reason=reason, code=1)
+            self.write(job)
+            self.tell(job)
+        return True
+
+    def tell(self, job: Job) -> None:
+        """One line about what became of `job`."""
         jobs = self.jobs()
         over = sum(found.state in ENDED for found in jobs)
         common = common_overrides(jobs)
@@ -300,10 +325,19 @@ def view(jobs: Sequence[Job]) -> Any:
 
 
 def _is_gone(job: Job) -> bool:
-    """Whether the process of a running job has ended. Of another machine's that cannot be known here."""
+    """Whether the process of a running job has ended. Of another machine's only Slurm knows: it runs a job once."""
     import psutil
 
-    return job.host == socket.gethostname() and not psutil.pid_exists(job.pid)
+    if job.queued and job.queued == os.environ.get(QUEUED) and job.pid != os.getpid():
+        return True  # this is the same one, begun again
+    if job.host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(job.pid)
+        younger = process.create_time() > job.started + CLOCK_SECONDS  # another process that was given its number
+        return bool(younger or process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _write(path: Path, told: Any) -> None:

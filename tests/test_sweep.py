@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,25 @@ def test_a_sweep_that_was_killed_goes_on(project: Path, cache: Path) -> None:
     assert f"job 0 is done: {folder}/0" in err
 
 
+def test_ctrl_c_is_one_message_and_the_same_command_goes_on(project: Path, cache: Path) -> None:
+    words = (*WORDS, "clip.limit=0.3,0.5,0.7")
+    process = start(project, *words, cache=cache)
+    until = time.monotonic() + 200
+    while not any('"running"' in path.read_text() for path in project.glob("outputs/sweeps/*/jobs/1.json")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err and err.count("Interrupted") == 1
+    assert "Interrupted; 2 of 3 jobs wait, and the same command goes on" in err
+    assert states(only(project)) == [State.done, State.waiting, State.waiting]
+    done = start(project, *words, cache=cache)
+    _, err = done.communicate(timeout=300)
+    assert done.returncode == 0 and "2 of its 3 jobs are not done" in err
+    assert states(only(project)) == [State.done] * 3
+
+
 def test_jobs_at_once_share_results_cores_and_a_run_in_mlflow(optpipe: Any, project: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     from mlflow import MlflowClient
@@ -114,6 +134,28 @@ def test_a_job_whose_process_has_ended_waits_again(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "0.json").write_text(json.dumps({**told, "state": "running", "pid": process.pid}))
     (tmp_path / "jobs" / "1.json").write_text("{")  # cut off by a full disk
     assert [job.state for job in ledger.jobs()] == [State.waiting, State.waiting]
+
+
+def test_a_job_is_not_taken_for_a_later_process_of_its_number(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(["seed=1,2"], [["seed=1"], ["seed=2"]])
+    with ledger.running(0, ["seed=1"]):
+        (job, _) = ledger.jobs()
+        ledger.write(replace(job, started=job.started - 1e6))  # as when the machine began anew since
+        assert [job.state for job in ledger.jobs()] == [State.waiting, State.waiting]
+
+
+def test_a_job_whose_worker_is_known_to_have_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(["seed=1,2"], [["seed=1"], ["seed=2"]])
+    elsewhere = Job(number=0, overrides=["seed=1"], state=State.running, host="another", pid=1, started=time.time())
+    ledger.write(elsewhere)
+    assert ledger.job(0).state is State.running  # from here nobody could tell
+    assert ledger.died(0, "its worker died", again=True)
+    assert ledger.job(0).state is State.waiting
+    assert ledger.died(1, "its worker died") and "[1 of 2 jobs] 1 failed, seed=2: its worker" in capsys.readouterr().err
+    assert (ledger.job(1).state, ledger.job(1).code) == (State.failed, 1)
+    assert not ledger.died(1, "its worker died", again=True)  # it had said by itself what became of it
 
 
 def test_the_rest_is_expected_to_take_as_long() -> None:
