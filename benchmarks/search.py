@@ -4,9 +4,9 @@
     python benchmarks/search.py --seeds 1 --trials 12
 
 Each seed: a search by TPE, which is killed (kill -9) on the way and goes on by the same command, and a sweep of as many
-combinations drawn at random. Objectives: quality on validation, and size of the file; nothing is timed, so that all figures
-are exact. A front's hypervolume is the area that it dominates, of quality lost (up to the budget's limit) by the
-logarithm of how many times smaller the file is; runs beyond the budget do not count. All runs share one store. Ends
+combinations drawn at random. Objectives: quality on validation, and size of the file; nothing is timed, so that all
+figures are exact. A front's hypervolume is the area that it dominates, of quality lost (up to the budget's limit) by
+the logarithm of how many times smaller the file is; runs beyond the budget do not count. All runs share one store. Ends
 with 1 if a search's front is worse than that of its random sweep.
 """
 

@@ -94,7 +94,8 @@ def _sweep(command: Any) -> int:
         return say_error(error)
     found = ledger.jobs()
     if any(job.state is sweep.State.done for job in found):
-        report([str(folder)])
+        weights = search.settings.weights if search else {}
+        report([str(folder), *(["--weights", *(f"{k}={v}" for k, v in weights.items())] if weights else [])])
     finish_sweep(folder)
     waits = [job for job in found if job.state is sweep.State.waiting]
     for job in found:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FRAME = sorted((ROOT / "optpipe").rglob("*.py"))
-SWEEPER = "optpipe/hydra_plugins/optpipe_search.py"
+PLUGINS = {f"optpipe/hydra_plugins/optpipe_{name}.py" for name in ("ray", "search")}
 STAGES = sorted((ROOT / "stages").rglob("*.py"))
 
 
@@ -40,7 +40,7 @@ def test_the_frame_knows_no_stage() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py", SWEEPER}),
+        ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py"} | PLUGINS),
         ("hydra.core.config_store", {"optpipe/registry.py"}),
         ("mlflow", {"optpipe/tracking/delivery.py"}),
         ("optuna", {"optpipe/search/space.py", "optpipe/search/study.py"}),

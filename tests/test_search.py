@@ -13,6 +13,7 @@ from optpipe import compose
 from optpipe.command import Command, read
 from optpipe.errors import OverBudget, RecipeError
 from optpipe.report import Check, Final, Report
+from optpipe.report.__main__ import main as report_on
 from optpipe.search import Sampler, Settings, goal, read_weights, weighed
 from optpipe.search.objectives import constraints, figures, miss
 from optpipe.search.space import Choice, Numbers, Space
@@ -162,6 +163,17 @@ def test_what_a_run_is_judged_by() -> None:
     assert constraints(report) == {"quality_drop": pytest.approx(1.0)} and miss(report) == pytest.approx(1.0)
     assert "energy was not measured" in str(figures(report, ["energy"]))
     assert read_weights(["quality=1", "latency=0.05"]) == {"quality": 1, "latency": 0.05}
+
+
+def test_the_runs_of_a_sweep_are_ranked_by_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, speedup, drop in (("0", 2.0, 0.0), ("1", 10.0, 0.02), ("2", 8.0, 0.0)):
+        (tmp_path / name).mkdir()
+        outcome(speedup, drop).write(tmp_path / name)
+    assert report_on([str(tmp_path), "--weights", "quality=10", "latency=1"]) == 0
+    out = capsys.readouterr().out
+    assert "by 10·quality + 1·latency, less is better:\n  2: 0.125\n  1: 0.3\n  0: 0.5\n" in out
+    assert report_on([str(tmp_path), "--weights", "qality=1"]) == 1
+    assert "there is no objective 'qality'; did you mean 'quality'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from optpipe.errors import OptpipeError
@@ -13,11 +13,14 @@ from optpipe.report.console import show, table, tried
 from optpipe.report.runs import Run, below, read, write_sweep
 from optpipe.report.runs import table as table_of_runs
 from optpipe.report.schema import FILE, Quality
+from optpipe.search import read_weights
 
 EXIT_PROBLEM = 1
 EPILOG = """\
 python -m optpipe.report outputs/runs/<time>      print the run's table and rebuild its report.html
 python -m optpipe.report outputs/sweeps/<time>    set the runs below that folder side by side; writes sweep.html there
+python -m optpipe.report outputs/sweeps/<time> --weights quality=1 latency=0.05
+                                                  rank them by that sum too (docs/search.md has the objectives)
 python -m optpipe.report A B                      compare run B with run A; more folders make a table
 """
 
@@ -31,14 +34,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", nargs="+", type=Path, help="folder of a run, or one with several runs below it")
-    folders: list[Path] = parser.parse_args(argv).folder
+    parser.add_argument("--weights", nargs="+", default=[], metavar="OBJECTIVE=WEIGHT", help="rank a sweep's runs")
+    asked = parser.parse_args(argv)
+    folders: list[Path] = asked.folder
+    try:
+        weights = read_weights(asked.weights)
+    except ValueError as error:
+        print(f"error: --weights: {error}", file=sys.stderr)
+        return EXIT_PROBLEM
     try:
         if len(folders) > 1:
             _compare([read(folder) for folder in folders])
         elif (folders[0] / FILE).exists():
             _run(folders[0])
         else:
-            _sweep(folders[0])
+            _sweep(folders[0], weights)
     except OptpipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_PROBLEM
@@ -61,16 +71,17 @@ def _run(folder: Path) -> None:
     print(f"page: {write_page(run.report, folder)}")
 
 
-def _sweep(folder: Path) -> None:
+def _sweep(folder: Path, weights: Mapping[str, float]) -> None:
     from optpipe.report import front, scatter
     from optpipe.report.runs import reasons
 
     runs, problems = below(folder)
     flags = [*_machine_flags(runs), *problems]
     show(table_of_runs(runs, f"{folder}: {len(runs)} {'run' if len(runs) == 1 else 'runs'}"))
-    for said in [*flags, *reasons(runs), *front.said(runs)]:
+    best = [*front.said(runs), *front.ranked(runs, weights)]
+    for said in [*flags, *reasons(runs), *best]:
         print(said)
-    print(f"page: {write_sweep(runs, folder, flags, front.said(runs), scatter.drawn(runs))}")
+    print(f"page: {write_sweep(runs, folder, flags, best, scatter.drawn(runs))}")
 
 
 def _machine_flags(runs: Sequence[Run]) -> list[str]:

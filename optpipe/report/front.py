@@ -5,12 +5,14 @@ Better is what can be told: quality and speed-up whose 95 % intervals do not ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optpipe.report import figures
 from optpipe.report.runs import Run
 from optpipe.report.schema import Interval, Measurement, NotMeasured
+from optpipe.search import weighed
+from optpipe.search.objectives import figures as figures_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,21 @@ def said(runs: Sequence[Run]) -> list[str]:
         inside = "inside its budget" if limits else "without a budget"
         lines += [f"the fastest {inside}: {chosen.name}", f"  {chosen.report.command}"]
     return lines
+
+
+def ranked(runs: Sequence[Run], weights: Mapping[str, float]) -> list[str]:
+    """The runs by Σ weight · objective, least first, in words; why a run is not among them."""
+    if not weights:
+        return []
+    sums, missing = [], []
+    for run in runs:
+        found = figures_of(run.report, list(weights))
+        if isinstance(found, NotMeasured):
+            missing.append(f"  {run.name}: {found.not_measured}")
+        else:
+            sums.append((weighed(weights, found), run.name))
+    spoken = " + ".join(f"{weight:g}·{name}" for name, weight in weights.items())
+    return [f"by {spoken}, less is better:", *(f"  {name}: {value:.4g}" for value, name in sorted(sums)), *missing]
 
 
 def _said(found: Point) -> str:
