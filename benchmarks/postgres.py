@@ -23,8 +23,8 @@ from pathlib import Path
 
 WORDS = (
     "--multirun", "+recipe=edge_int8", "hydra/sweeper=search", "prune.ratio=range(0.3,0.96,0.05)",
-    "pipeline=[prune,trace]", "hydra.sweeper.study=ours", "hydra.sweeper.objectives=[quality,size]", "target.instruction_set=neon",
-    "measure.previews=false", "rehearse=false",
+    "pipeline=[prune,trace]", "hydra.sweeper.study=ours", "hydra.sweeper.objectives=[quality,size]",
+    "target.instruction_set=neon", "measure.previews=false", "rehearse=false",
 )  # fmt: skip
 
 
