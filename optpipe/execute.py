@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from optpipe import sources, tracking
 from optpipe.budget import AT_LEAST, LIMITS, Limits
 from optpipe.plan import Plan, Step, forms_along, write_config
+from optpipe.store.planned import kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,10 +57,12 @@ def _resolved(device: str) -> str:
 
 def describe(plan: Plan) -> str:
     """The plan in lines of text, for dry_run=true."""
+    stored = kept(plan)
     lines = [f"{plan.subject}: {len(plan.entries)} steps for {plan.target.runtime}, {plan.target.threads} thread(s)"]
     for number, (entry, before, after) in enumerate(forms_along(plan.entries, plan.model.form), 1):
         name = f"{entry.key} ({entry.info.name})" if isinstance(entry, Step) else entry.key
-        lines.append(f"  {number}. {name:<40} {_forms(before)} -> {_forms(after)}")
+        known = "  in the store" if entry.key in stored else ""
+        lines.append(f"  {number}. {name:<40} {_forms(before)} -> {_forms(after)}{known}")
         for branch in () if isinstance(entry, Step) else entry.branches:
             lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
         for method, reason in () if isinstance(entry, Step) else entry.absent:
@@ -69,6 +72,8 @@ def describe(plan: Plan) -> str:
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")
     lines.append(f"  model: {plan.model.name}; data: {plan.data.factory}")
+    if stored:
+        lines.append("  in the store: not computed again, unless code or data have changed since")
     lines.append("  nothing was run (dry_run=true)")
     return "\n".join(lines)
 

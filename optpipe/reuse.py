@@ -32,6 +32,7 @@ from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResu
 from optpipe.report.schema import typed
 from optpipe.schedule import Schedule
 from optpipe.store import KEY_FILE, Key, NoStore, Results
+from optpipe.store.planned import planned_key
 from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
 from optpipe.task import SPLITS, Split, Task, size_of
 
@@ -118,7 +119,13 @@ class Reuse:
         result.attempts += typed(list[Attempt], content["attempts"])
         result.peak_memory_bytes = typed(int | NotMeasured, content["peak_memory_bytes"])
         self._write_key(key, folder, result)
+        self._keep_place(key, result)
         return Outcome(Artifact.kept(content["form"], folder, content["hash"]), benchmarks)
+
+    def _keep_place(self, key: Key, result: StageResult) -> None:
+        """Remember where a plan leads, for dry_run."""
+        if (planned := planned_key(self.plan, result.key)) is not None:
+            self.store.put(planned, {"kind": key.kind, "digest": key.digest})
 
     def keep(self, key: Key | None, folder: Path, result: StageResult, outcome: Outcome, attempts: int) -> None:
         """Keep what a stage gave. attempts: of the result's, those that are not the stage's."""
@@ -137,6 +144,7 @@ class Reuse:
         self.store.put(self._timed(key) if benchmarks else key, content, files, replace=self.plan.measure.fresh)
         self.store.done(key)
         self._write_key(key, folder, result)
+        self._keep_place(key, result)
 
     def figures(self, what: str, parts: dict[str, Any], compute: Callable[[], Measurement]) -> Measurement:
         """What was measured before on such a machine, marked as `cached`, or what `compute` gives.

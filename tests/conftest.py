@@ -101,7 +101,7 @@ def edge_runs(shared: Path, cache: Path) -> tuple[Finished, Finished]:
 def _edge_runs(shared: Path, cache: Path) -> list[Finished]:
     folders = [shared / "first", shared / "second"]
     anywhere = "measure.noise_limit=1000"  # the tests ask for relations between figures, on machines that are not quiet
-    words = ("+recipe=edge_int8", "measure=quick", anywhere, "distill.epochs=2")
+    words = ("+recipe=edge_int8", "measure=quick", anywhere, "distill.epochs=2", f"store.folder={shared / 'store'}")
     short = ("tracking=none", "rehearse=false", "pipeline=[simplify,prune,distill,quantize,trace,export]")
     more = [("measure.previews=true",), short]
     for folder in folders:

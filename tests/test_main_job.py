@@ -7,11 +7,12 @@ import hashlib
 import json
 import sqlite3
 import stat
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from command import Finished
+from command import Finished, finish, start
 
 STAGES = ["simplify", "prune", "distill", "quantize", "trace", "export", "benchmark"]
 
@@ -154,6 +155,15 @@ def test_mlflow_holds_the_run_its_stages_and_its_files(edge_run: Finished) -> No
     artifacts = {item.path for item in client.list_artifacts(parent.info.run_id)}
     assert {"config.json", "report.json", "report.html", "model"} <= artifacts
     assert parent.data.params["prune.ratio"] == "0.7"
+
+
+def test_the_plan_says_what_the_store_has(edge_run: Finished, cache: Path, tmp_path: Path) -> None:
+    store = f"store.folder={edge_run.folder.parent / 'store'}"
+    words = ("+recipe=edge_int8", "distill.epochs=2", store, "dry_run=true")
+    same = finish(start(tmp_path, *words, cache=cache), tmp_path).out
+    assert same.count("-> torch  in the store") == 4 and "3. distill" in same
+    other = finish(start(tmp_path, *words, "quantize=dynamic", cache=cache), tmp_path).out
+    assert other.count("  in the store\n") == 3 and "not computed again, unless code or data have changed" in other
 
 
 def test_the_store_is_private(edge_run: Finished) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from optpipe.machine import user_cache
 from optpipe.progress import say
 
-KINDS = ("step", "figures", "predictions", "rehearsal")
+KINDS = ("step", "figures", "predictions", "rehearsal", "plan")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 FORMAT = 1  # of entries; those of another are not read
 ENTRY, FILES = "entry.json", "files"
