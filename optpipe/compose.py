@@ -360,20 +360,18 @@ def searched(settings: Any, overrides: Sequence[str], config: DictConfig, subjec
             problems.append(f"'{text}': {reason(error)}")
     if not dimensions:
         problems.append("nothing is left to choose; give a setting several values, as in prune.ratio=interval(0.3,0.8)")
-    keys = {dimension.key for dimension in dimensions}
-    if found is not None:  # what a command fixes is not tried otherwise
-        given = {text.lstrip("+").split("=")[0] for text in fixed}
+    space = Space(tuple(fixed), tuple(dimensions))
+    if found is not None:
+        given = {text.lstrip("+").split("=")[0] for text in fixed}  # what a command fixes is not tried otherwise
         first = [{key: value for key, value in tried.items() if key not in given} for tried in found.first]
-        found = replace(found, first=[tried for tried in first if tried])
-    if unknown := sorted({key for given in (found.first if found else ()) for key in given} - keys):
-        problems.append(
-            f"hydra.sweeper.first names '{unknown[0]}', which is not searched{did_you_mean(unknown[0], keys)}"
-        )
+        try:
+            found = replace(found, first=[space.read(tried) for tried in first if tried])
+        except ValueError as error:
+            problems.append(f"hydra.sweeper.first: {error}")
     if problems or found is None:
         raise RecipeError(problems, subject)
     budget = config.budget
     prunes = found.prune and not found.is_for_goal and budget.quality_drop is not None
-    space = Space(tuple(fixed), tuple(dimensions))
     return Searched(found, space, prunes and budget.policy in (Policy.warn, Policy.warn.value))
 
 

@@ -32,8 +32,8 @@ from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResu
 from optpipe.report.schema import typed
 from optpipe.schedule import Schedule
 from optpipe.store import KEY_FILE, Key, NoStore, Results
-from optpipe.store.planned import planned_key
 from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
+from optpipe.store.planned import planned_key
 from optpipe.task import SPLITS, Split, Task, size_of
 
 

@@ -220,7 +220,11 @@ def test_the_space_is_written_as_for_any_sweep() -> None:
     [
         (["seed=1"], "nothing is left to choose; give a setting several values"),
         (["seed=1,2", "hydra.sweeper.sampler=tpee"], "hydra.sweeper: Invalid value 'tpee'"),
-        (["seed=1,2", "hydra.sweeper.first=[{sed: 1}]"], "hydra.sweeper.first names 'sed', which is not searched; did"),
+        (
+            ["seed=1,2", "hydra.sweeper.first=[{sed: 1}]"],
+            "hydra.sweeper.first: 'sed' is not searched; did you mean 'seed'",
+        ),
+        (["seed=1,2", "hydra.sweeper.first=[{seed: 3}]"], "hydra.sweeper.first: 'seed' is 3, which is none of 1, 2"),
         (["prune.ratio=interval(0.9,0.3)"], "drawn from 0.9 to 0.3, which holds no number"),
         (["prune.ratio=interval(0.3,1.3)"], "prune: ratio is 1.3"),
         (["seed=1,2", "hydra.sweeper.trails=3"], "trails"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from optpipe.errors import did_you_mean
+
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
@@ -24,6 +26,12 @@ class Choice:
         return CategoricalDistribution(self.values)
 
     def text(self, value: float | str) -> str:
+        return str(value)
+
+    def read(self, value: float | str) -> float | str:
+        """What a person wrote for it. Raises ValueError for what is none of its values."""
+        if str(value) not in self.values:
+            raise ValueError(f"'{self.key}' is {value}, which is none of {', '.join(self.values)}")
         return str(value)
 
     @property
@@ -59,6 +67,12 @@ class Numbers:
     def text(self, value: float | str) -> str:
         return str(int(value)) if self.whole else f"{float(value):.{DIGITS}g}"
 
+    def read(self, value: float | str) -> float | str:
+        """What a person wrote for it. Raises ValueError for what is none of its values."""
+        if isinstance(value, str) or not self.low <= value <= self.high:
+            raise ValueError(f"'{self.key}' is {value}, which is not between {self.low:g} and {self.high:g}")
+        return int(value) if self.whole else float(value)
+
     @property
     def ends(self) -> tuple[str, ...]:
         return (self.text(self.low), self.text(self.high))
@@ -78,6 +92,14 @@ class Space:
         """Those of one job. params: a value for each dimension, by key."""
         chosen = [f"{found.key}={found.text(params[found.key])}" for found in self.dimensions]
         return [*self.fixed, *chosen]
+
+    def read(self, given: dict[str, float | str]) -> dict[str, float | str]:
+        """Values that a person wrote, by key. Raises ValueError for a key that is not searched, or one of no use."""
+        known = {found.key: found for found in self.dimensions}
+        for key in given:
+            if key not in known:
+                raise ValueError(f"'{key}' is not searched{did_you_mean(key, known)}")
+        return {key: known[key].read(value) for key, value in given.items()}
 
     @property
     def size(self) -> float:
