@@ -65,9 +65,9 @@ class Scatter:
         return Scale(max(0.0, low - room), high + room, LEFT, WIDE - 8)
 
     def _qualities(self) -> Scale:
-        """Around the runs on the front, those inside their budget if there are any: one that lost it all hides them."""
-        of_front = [one for group in self.groups for one in group]
-        kept = [one for one in of_front if one.run.report.status == "ok"] or of_front
+        """Around those with a name, inside their budget if there are any: a run that lost it all would hide them."""
+        named = list(filter(self._is_named, self.points))
+        kept = [one for one in named if one.run.report.status == "ok"] or named
         ends = [0.0, *(end for one in kept for end in (one.quality[0], *one.quality[1]) if math.isfinite(end))]
         ends += [-self.limits["quality_drop"]] if "quality_drop" in self.limits else []
         reach = max(ends) - min(ends) or 0.01

@@ -104,9 +104,8 @@ def finish_sweep(folder: Path) -> None:
                 deliver_sweep(event, event, folder)
         except Exception as error:  # whatever MLflow, its database or the store of its artifacts raise
             said = f"tracking: {shown(event.content['uri'])} failed ({named_reason(origin(error))})"
-            console.print(
-                f"{said}\n  deliver the sweep later: {PUSH} {folder}", markup=False
-            )  # Hydra would log it twice
+            push = f"  deliver the sweep later: {PUSH} {folder}"
+            console.print(f"{said}\n{push}", markup=False)  # Hydra, done with the jobs, would show what is logged again
             return
 
 

@@ -13,7 +13,7 @@ from optpipe.errors import OptpipeError
 from optpipe.report import front
 from optpipe.report.runs import Run, read
 from optpipe.report.schema import FILE as REPORT
-from optpipe.sweep import Job, Ledger, State, common_overrides, is_sweep
+from optpipe.sweep import ENDED, Job, Ledger, State, common_overrides, is_sweep
 from optpipe.tracking import entries, shown
 from optpipe.tracking.journal import FILE as JOURNAL
 from optpipe.tracking.journal import Event, Journal
@@ -29,7 +29,8 @@ def of(folder: Path) -> dict[str, Any] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # somebody else's sweep.json
         if job := _job(root, folder.absolute(), jobs):
-            own = [override for override in job.overrides if override not in common_overrides(jobs)]
+            shared = [*Ledger(root).told["command"], *common_overrides(jobs)]
+            own = [override for override in job.overrides if override not in shared]
             return _identity(root) | {"job": " ".join([str(job.number), *own])}
     return None
 
@@ -54,7 +55,7 @@ def ended(folder: Path) -> list[Event]:
     best = front.best(runs)
     told = identity | {
         "status": _status(count), "front": front.said(runs), "best": best.name if best else "",
-        "counts": {"jobs": len(jobs), "jobs_done": count[State.done], "jobs_failed": count[State.failed]},
+        "counts": {"jobs": len(jobs), **{f"jobs_{state.value}": count[state] for state in ENDED}},
         "figures": entries.metrics(best.final) if best else {},
     }  # fmt: skip
     at = max(identity["begun"], *(job.started + job.seconds for job in jobs))
