@@ -54,7 +54,7 @@ def ended(folder: Path) -> list[Event]:
     runs, count = _runs(folder), Counter(job.state for job in jobs)
     best = front.best(runs)
     told = identity | {
-        "status": _status(count), "front": [shown(line) for line in front.said(runs)], "best": best.name if best else "",
+        "status": _status(count), "best": best.name if best else "", "front": list(map(shown, front.said(runs))),
         "counts": {"jobs": len(jobs), **{f"jobs_{state.value}": count[state] for state in ENDED}},
         "figures": entries.metrics(best.final) if best else {},
     }  # fmt: skip
