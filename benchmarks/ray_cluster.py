@@ -1,6 +1,6 @@
 """Sweeps on a Ray cluster of two nodes: a killed worker, Ctrl-C, a lost machine. Is every job done, and nothing twice?
 
-    python benchmarks/ray_cluster.py            # 4 min on 2 cores; needs optpipe[ray]
+    python benchmarks/ray_cluster.py            # 10 min on 2 cores; needs optpipe[ray]
 
 Starts two Ray nodes of one core each on this machine, and somebody's project (tests/outside: a plug-in, a --config-dir,
 all by relative paths) in a folder that the nodes were not started in. A sweep of six jobs, of which one is killed
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def loses_a_worker(project: Path, ray: Cluster) -> bool:
-    print("a sweep of six jobs, one killed while it trains", flush=True)
+    print("a sweep of six jobs, one killed while it works", flush=True)
     folder, seen, shot = project / "worker", Seen(), []
 
     def kill(number: int, pid: int) -> None:
@@ -188,7 +188,9 @@ def cluster(root: Path) -> Iterator[Cluster]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # nobody else may run code here
-    found = Cluster(f"127.0.0.1:{port}", {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0"})
+    found = Cluster(
+        f"127.0.0.1:{port}", {**os.environ, **token, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    )
     head = ("--head", f"--port={port}", f"--temp-dir={root / 'ray'}", "--include-dashboard=false")
     try:
         for words in (head, (f"--address={found.address}",)):

@@ -20,7 +20,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -76,7 +75,6 @@ def prepare(command: Command) -> None:
     for name, schema in SCHEMAS.items():
         registry.store_schema(name, schema)
     registry.load_stages()
-    _add_launchers()
     if str(Path.cwd()) not in sys.path and "" not in sys.path:
         sys.path.append(str(Path.cwd()))  # the console script, unlike `python -m`, does not look there
     problems = []
@@ -86,13 +84,6 @@ def prepare(command: Command) -> None:
     problems += _shadowed(command)
     if problems:
         raise RecipeError(problems, command.subject)
-
-
-def _add_launchers() -> None:
-    """Hydra looks for plug-ins in folders, and so misses those of an editable installation."""
-    from hydra_plugins.optpipe_ray import RayLauncher
-
-    Plugins.instance().register(RayLauncher)
 
 
 def _plugins(command: Command) -> list[str]:

@@ -105,7 +105,7 @@ class Ledger:
                 job = Job(**{**read, "state": State(read["state"])})
             except (ValueError, TypeError, KeyError):
                 continue  # written by another version: the job is run again
-            if job.state is State.running and _is_gone(job):
+            if job.state is State.running and is_gone(job):
                 job = replace(job, state=State.waiting)
             found[job.number] = job
         return [found[number] for number in sorted(found)]
@@ -324,7 +324,7 @@ def view(jobs: Sequence[Job]) -> Any:
     return found
 
 
-def _is_gone(job: Job) -> bool:
+def is_gone(job: Job) -> bool:
     """Whether the process of a running job has ended. Of another machine's only Slurm knows: it runs a job once."""
     import psutil
 

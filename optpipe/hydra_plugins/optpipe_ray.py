@@ -104,6 +104,7 @@ class _Watch:
     def run(self) -> dict[int, JobReturn]:
         """What each job returned, by its number. Ctrl-C stops them all, and is raised then."""
         found: dict[int, JobReturn] = {}
+        self._find_lost()
         try:
             for number in self.begin:
                 self._submit(number)
@@ -116,6 +117,20 @@ class _Watch:
             self._stop()
             raise
         return found
+
+    def _find_lost(self) -> None:
+        """Jobs that an earlier command left on other machines: asks there whether their processes have ended."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        from optpipe.sweep import State, is_gone
+
+        nodes = {node["NodeManagerHostname"]: node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+        for job in self.ledger.jobs():
+            if job.state is State.running and job.number in self.begin and job.host in nodes:
+                there = NodeAffinitySchedulingStrategy(nodes[job.host], soft=False)
+                asked = self.ray.remote(num_cpus=0, scheduling_strategy=there)(is_gone)
+                if self.ray.get(asked.remote(job)):
+                    self.ledger.died(job.number, f"its process on {job.host} has ended", again=True)
 
     def _submit(self, number: int) -> None:
         remote, words = self.begin[number]
