@@ -27,7 +27,7 @@ from typing import Any
 
 LIMIT = 0.03  # of quality that may be lost
 WORDS = (
-    "--multirun", "+recipe=edge_int8", "hydra/sweeper=search", "prune=low_rank", "prune.budget=interval(0.1,1.0)",
+    "--multirun", "+recipe=edge_int8", "hydra/sweeper=search", "prune=low_rank", "prune.budget=interval(0.1,0.95)",
     "quantize=weight_only", "quantize.bits=4,8", "quantize.group_size=0,16,32,64,128",
     f"budget.quality_drop={LIMIT}", "hydra.sweeper.objectives=[quality,size]", "target.instruction_set=neon",
     "measure.previews=false", "rehearse=false", "tracking=none", "pipeline=[simplify,prune,quantize,trace,export]",

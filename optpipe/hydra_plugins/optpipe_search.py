@@ -34,7 +34,7 @@ class Search(Sweeper):  # type: ignore[misc]
 
         self.folder = Path(self.config.hydra.sweep.dir)
         found = compose.searched(self.settings, arguments, self.config)
-        at_once = compose.at_once(self.config.hydra.launcher)
+        at_once = found.settings.at_once or compose.at_once(self.config.hydra.launcher)
         study.Search(found.settings, found.space, self.folder, self.launch, at_once, prunes=found.prunes).run()
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int) -> None:

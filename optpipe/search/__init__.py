@@ -31,6 +31,7 @@ class Settings:
     prune: bool = True  # end a job after the first step that breaks the budget's limit on quality
     study: str | None = None  # its name in the storage; null: that of the sweep's folder
     storage: str | None = None  # URI of a database; null: study.db in the sweep's folder
+    at_once: int | None = None  # trials that are chosen and launched together; null: as many as the launcher runs
     seed: int = 0
     first: list[dict[str, Any]] = field(default_factory=list)  # settings to try before the sampler chooses
     params: dict[str, Any] = field(default_factory=dict)  # dimensions beside those of the command, as Hydra's own
@@ -38,6 +39,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise ValueError(f"trials is {self.trials}; it must be at least 1")
+        if self.at_once is not None and self.at_once < 1:
+            raise ValueError(
+                f"at_once is {self.at_once}; it must be at least 1, or null for as many as the launcher runs"
+            )
         if not self.objectives and not self.weights:
             raise ValueError(f"objectives is empty; name some of {', '.join(OBJECTIVES)}")
         for name in (*self.objectives, *self.weights):
