@@ -92,6 +92,19 @@ def test_a_search_that_was_ended_goes_on(tmp_path: Path) -> None:
     assert len(again.launched) == 4
 
 
+def test_a_job_that_its_launcher_lost_is_not_given_up(tmp_path: Path) -> None:
+    class Lost(Jobs):
+        def __call__(self, jobs: Sequence[Sequence[str]], first: int) -> None:
+            if first < 2:
+                super().__call__(jobs, first)
+
+    jobs, again = Lost(tmp_path), Jobs(tmp_path)
+    search(tmp_path, jobs, trials=4).run()
+    assert len(jobs.launched) == 2
+    search(tmp_path, again, trials=4).run()
+    assert len(again.launched) == 2 and [job.state for job in Ledger(tmp_path).jobs()] == [State.done] * 4
+
+
 def test_a_study_is_shared_by_its_name(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'shared.db'}"
     for name in ("a", "b"):

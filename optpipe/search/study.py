@@ -15,7 +15,7 @@ from optpipe.report.schema import NotMeasured, Report
 from optpipe.search import Sampler, Settings, weighed
 from optpipe.search.objectives import constraints, figures, miss
 from optpipe.search.space import Choice, Space
-from optpipe.sweep import Job, Ledger, State
+from optpipe.sweep import ENDED, Job, Ledger, State
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -53,14 +53,15 @@ class Search:
             warnings.simplefilter("ignore")  # Optuna's, on what it calls experimental
             study = self._study()
             self.ledger.plan(self.settings.trials)
-            self._run_jobs(study, self._interrupted(study))
-            while (left := self.settings.trials - len(over(study))) > 0 and not self._is_met(study):
+            ended = self._run_jobs(study, self._interrupted(study))
+            while ended and (left := self.settings.trials - len(over(study))) > 0 and not self._is_met(study):
                 batch = self._ask(study, min(left, self.at_once))
                 if not batch:
                     say(f"every combination of the space was tried, {len(over(study))}")
                     break
-                self._run_jobs(study, batch)
-        self.ledger.plan(sum(job.state is not State.waiting for job in self.ledger.jobs()))
+                ended = self._run_jobs(study, batch)
+        if ended:
+            self.ledger.plan(sum(job.state is not State.waiting for job in self.ledger.jobs()))
 
     def _study(self) -> Study:
         import optuna
@@ -104,16 +105,11 @@ class Search:
                 return samplers.RandomSampler(seed=seed)
 
     def _interrupted(self, study: Study) -> list[Trial]:
-        """The trials of this folder that a process began and did not end; half-drawn ones are given up."""
+        """The trials of this folder that a process began and did not end."""
         from optuna.trial import Trial, TrialState
 
-        found = []
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if trial.user_attrs.get("folder") == str(self.folder):
-                found.append(Trial(study, trial._trial_id))
-            elif "folder" not in trial.user_attrs:
-                study.tell(trial.number, state=TrialState.FAIL)
-        return found
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [Trial(study, trial._trial_id) for trial in running if self._job_of(trial) is not None]
 
     def _ask(self, study: Study, count: int) -> list[Trial]:
         """New trials, none of them a repetition; none if nothing is left to try."""
@@ -167,15 +163,23 @@ class Search:
         count = round((dimension.high - dimension.low) / step) + 1
         return [dimension.low + i * step for i in range(count)]
 
-    def _run_jobs(self, study: Study, trials: Sequence[Trial]) -> None:
-        """Launch the jobs of `trials`, those with neighbouring numbers together, and tell what came of them."""
+    def _run_jobs(self, study: Study, trials: Sequence[Trial]) -> bool:
+        """Launch the jobs of `trials`, those with neighbouring numbers together, and tell what came of them.
+
+        False if one did not end, interrupted or lost by its launcher: the same command goes on with it.
+        """
         numbered = [(int(trial.user_attrs["job"]), trial) for trial in trials]
         for _, group in itertools.groupby(enumerate(numbered), lambda pair: pair[1][0] - pair[0]):
             chunk = [pair for _, pair in group]
             jobs = [[*self.space.overrides(trial.params), *self.always] for _, trial in chunk]
             self.launch(jobs, chunk[0][0])
-            for number, trial in chunk:
-                self._tell(study, trial, self.ledger.job(number))
+            told = [(trial, self.ledger.job(number)) for number, trial in chunk]
+            for trial, job in told:
+                if job.state in ENDED:
+                    self._tell(study, trial, job)
+            if any(job.state not in ENDED for _, job in told):
+                return False
+        return True
 
     def _tell(self, study: Study, trial: Trial, job: Job) -> None:
         from optuna.trial import TrialState
