@@ -84,7 +84,8 @@ def _sweep(command: Any) -> int:
     from optpipe.tracking.live import finish_sweep
 
     try:
-        jobs, search, asked = compose.combinations(command), compose.search(command), command.again(command.overrides)
+        jobs, search = compose.combinations(command), compose.search(command)
+        asked = command.again(command.overrides, alone=False)
         folder = sweep.folder_for(command.sweep_dir, command.argv(), jobs, command.subject)
         command.move_sweep_to(folder.absolute())
         ledger = sweep.Ledger(folder)

@@ -78,10 +78,13 @@ class Command:
         """Overrides first: Hydra does not parse those that follow a flag with a value."""
         return [*self.overrides, *self.flags]
 
-    def again(self, overrides: Sequence[str]) -> str:
-        """The command that repeats one run, of a sweep for instance, with `overrides`; quoted for a shell."""
+    def again(self, overrides: Sequence[str], *, alone: bool = True) -> str:
+        """The command that repeats one run, of a sweep for instance, with `overrides`; quoted for a shell.
+
+        alone: whether that is no sweep, though its recipe makes one by itself.
+        """
         folder = ["--config-dir", str(self.config_dir)] if self.config_dir else []
-        mode = ["hydra.mode=RUN"] if self.is_sweep_by_recipe else []
+        mode = ["hydra.mode=RUN"] if self.is_sweep_by_recipe and alone else []
         return shlex.join(["python", "-m", "optpipe", *overrides, *mode, *folder])
 
 
