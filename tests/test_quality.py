@@ -455,8 +455,8 @@ def test_a_model_is_judged_once_for_each_content_and_split(project: Path) -> Non
     seen = []
     data = replace(my_network.pixels(), slices={"seen": lambda _, target: seen.append(1) or target})
     run(project, None, data, "clip.limit=1000")
-    given, traced = len(data.test) + len(data.validation), len(data.test)  # nothing limits what validation could tell
-    assert len(seen) == 1 + given + traced  # with the first check; clip leaves the given model as it is
+    each = len(data.test) + len(data.validation)  # of the model that came in, and of the one that came out
+    assert len(seen) == 1 + 2 * each  # with the first check; clip leaves the given model as it is
 
 
 @pytest.mark.parametrize(
