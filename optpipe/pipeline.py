@@ -140,14 +140,20 @@ class Loop:
         place = Place(baseline.form.NAME, baseline.hash)
         if self.plan.rehearse is None and not self.reuse.trains(place):
             return
-        key = self.reuse.rehearsal()
+        key, kind = self.reuse.rehearsal(), self.reuse.rehearsal_of_kind()
         try:
             with self.reuse.alone(key):
                 if self.plan.rehearse is None and (known := self.reuse.forecasts(key)) is not None:
                     self.forecasts = known
                     return
+                if self.plan.rehearse is None and self.reuse.is_rehearsed(kind):
+                    say(
+                        "rehearsal: none, these stages were rehearsed before, set to other numbers (rehearse=true asks)"
+                    )
+                    return
                 self.forecasts = rehearsal.run(self.baseline)
                 self.reuse.keep_forecasts(key, self.forecasts)
+                self.reuse.keep_forecasts(kind, {})
         except OptpipeError:
             if rehearsal.failed:
                 self.report.stages.append(rehearsal.failed)

@@ -189,6 +189,17 @@ class Reuse:
         policy = self.plan.budget.policy.value
         return self._key("rehearsal", {"steps": [key.digest for key in keys if key], "order": order, "policy": policy})
 
+    def rehearsal_of_kind(self) -> Key | None:
+        """Of the rehearsal of any chain of these stages, whatever numbers they are set to."""
+        keys = [self.step(step, Place("", "")) for step in steps_of(self.plan.entries)]
+        if self._common is None or any(key is None for key in keys):
+            return None
+        steps = [Key(key.kind, _without_numbers(key.parts)).digest for key in keys if key]
+        return self._key("rehearsal", {"steps": steps, "order": [entry.key for entry in self.plan.entries]})
+
+    def is_rehearsed(self, key: Key | None) -> bool:
+        return key is not None and self.store.get(key) is not None
+
     def trains(self, place: Place) -> bool:
         """Whether a stage must be trained, as far as that can be said before the run: after a choice it may be."""
         for number, entry in enumerate(self.plan.entries):
@@ -274,6 +285,12 @@ class Reuse:
         if text not in self._said:
             self._said.add(text)
             say(f"store: {text}")
+
+
+def _without_numbers(parts: dict[str, Any]) -> dict[str, Any]:
+    """A step's key without its seed, and without the settings that are plain numbers."""
+    settings = {k: v for k, v in parts["settings"].items() if isinstance(v, bool) or not isinstance(v, (int, float))}
+    return {name: value for name, value in parts.items() if name != "seed"} | {"settings": settings}
 
 
 def data_of(task: Task, plan: Plan) -> dict[str, Any]:

@@ -95,6 +95,21 @@ def test_a_rehearsal_changes_nothing_in_what_comes_out(project: Path) -> None:
     assert not forecast(without)
 
 
+def test_the_same_stages_with_other_numbers_are_not_rehearsed_again(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ("store=user", f"store.folder={tmp_path / 'store'}")
+    task = pixels()
+    task.fingerprint = "scikit-learn digits"
+    first = run(project, *TRAINS, *kept, task=task)
+    other = run(project, *TRAINS, *kept, "distill.epochs=2", folder="other", task=task)
+    assert first.rehearsal_seconds > 1 > other.rehearsal_seconds
+    assert "these stages were rehearsed before, set to other numbers" in capsys.readouterr().err
+    assert all(isinstance(stage.predicted_seconds, NotMeasured) for stage in other.stages)
+    asked = run(project, *TRAINS, *kept, "distill.epochs=1", "rehearse=true", folder="asked", task=task)
+    assert asked.rehearsal_seconds > 1
+
+
 def test_data_that_are_shuffled_come_in_the_same_order(project: Path) -> None:
     def task() -> optpipe.Task:
         made = pixels()
