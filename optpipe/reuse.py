@@ -8,6 +8,7 @@ measured of a model depends on its content and on this machine. What cannot be i
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,8 @@ from optpipe.store import KEY_FILE, Key, NoStore, Results
 from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
 from optpipe.store.planned import planned_key
 from optpipe.task import SPLITS, Split, Task, size_of
+
+NUMBER = re.compile(r"-?[\d.]+(e-?\d+)?")  # as repr writes one
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ class Reuse:
 
 def _without_numbers(parts: dict[str, Any]) -> dict[str, Any]:
     """A step's key without its seed, and without the settings that are plain numbers."""
-    settings = {k: v for k, v in parts["settings"].items() if isinstance(v, bool) or not isinstance(v, (int, float))}
+    settings = {name: value for name, value in parts["settings"].items() if not NUMBER.fullmatch(value)}
     return {name: value for name, value in parts.items() if name != "seed"} | {"settings": settings}
 
 
