@@ -1,6 +1,6 @@
 """A search and its tracking in PostgreSQL: is it a URI away? Starts a server of its own on 127.0.0.1, and ends it.
 
-    pip install psycopg2-binary; python benchmarks/postgres.py     # about two minutes; needs PostgreSQL's initdb
+    pip install "psycopg[binary]" psycopg2-binary; python benchmarks/postgres.py     # needs PostgreSQL's initdb
 
 A search of three trials keeps its study there and its runs in MLflow's tables; the same study then goes on to five in
 another folder. Ends with 1 unless both find what they should.
@@ -29,8 +29,10 @@ WORDS = (
 
 
 def main() -> int:
-    if importlib.util.find_spec("psycopg2") is None:
-        sys.exit("this needs a driver: pip install psycopg2-binary")
+    if not all(map(importlib.util.find_spec, ("psycopg", "psycopg2"))):
+        sys.exit(
+            'this needs drivers, SQLAlchemy 2.1 the first, 2.0 the second: pip install "psycopg[binary]" psycopg2-binary'
+        )
     with tempfile.TemporaryDirectory() as name, server(Path(name)) as uri:
         counts = []
         for trials in (3, 5):

@@ -1,6 +1,6 @@
 """Does a search find a better front than as many runs drawn at random, inside the same budget?
 
-    python benchmarks/search.py                      # three seeds, 30 trials; about 20 minutes on 2 cores
+    python benchmarks/search.py                      # three seeds, 30 trials: over an hour on 2 slow cores
     python benchmarks/search.py --seeds 1 --trials 12
 
 Each seed: a search by TPE, which is killed (kill -9) on the way and goes on by the same command, and a sweep of as many

@@ -381,7 +381,7 @@ def _dimension(override: Override) -> Dimension:
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         return Numbers(key, value.start, value.end, whole=whole, log="log" in value.tags)
     if isinstance(value, RangeSweep):
-        steps = [float(step) for step in value.range()]
+        steps = [float(f"{float(step):.12g}") for step in value.range()]  # it adds up, and 0.95 becomes 0.95…01
         if not steps:
             raise ValueError("its range is empty")
         whole = isinstance(value.start, int) and isinstance(value.step, int)

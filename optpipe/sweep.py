@@ -63,7 +63,7 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether there is nothing left to do for it."""
+        """Whether it is not run again by itself."""
         return self.state in (State.done, State.stopped)
 
     def said(self, common: Sequence[str] = ()) -> str:
@@ -109,6 +109,11 @@ class Ledger:
                 job = replace(job, state=State.waiting)
             found[job.number] = job
         return [found[number] for number in sorted(found)]
+
+    def rest(self) -> list[Job]:
+        """What the same command would run. A search, which plans no job, has learned from those that failed."""
+        over = (State.done, State.stopped) if any(self.told["jobs"]) else ENDED
+        return [job for job in self.jobs() if job.state not in over]
 
     def job(self, number: int) -> Job:
         return next((job for job in self.jobs() if job.number == number), Job(number=number))
@@ -238,7 +243,7 @@ def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[
         try:
             if ledger.told["command"] != list(words):
                 continue
-            rest = [job for job in ledger.jobs() if not job.is_over]
+            rest = ledger.rest()
         except (OSError, ValueError, KeyError):
             continue
         if rest:

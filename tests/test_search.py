@@ -18,7 +18,7 @@ from optpipe.search import Sampler, Settings, goal, read_weights, weighed
 from optpipe.search.objectives import constraints, figures, miss
 from optpipe.search.space import Choice, Numbers, Space
 from optpipe.search.study import FILE, Search, over
-from optpipe.sweep import Ledger, State
+from optpipe.sweep import Ledger, State, folder_for
 
 SPACE = Space(("+recipe=edge_int8",), (Numbers("prune.ratio", 0.1, 0.9), Choice("quantize", ("static", "qat"))))
 SMALL = Space((), (Numbers("seed", 0, 2, whole=True), Choice("quantize", ("static", "qat"))))
@@ -150,6 +150,17 @@ def test_failed_and_stopped_jobs_are_told_and_left(tmp_path: Path) -> None:
     assert failed.user_attrs["reason"] == "ValueError: no data"
 
 
+def test_a_search_with_a_failed_job_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(settings: dict[str, str]) -> Report:
+        raise ValueError("no data")
+
+    monkeypatch.chdir(tmp_path)
+    folder = folder_for(None, ["…"], [[]] * 3, "it")
+    Search(Settings(trials=3), SPACE, folder, Jobs(folder, work)).run()
+    assert {job.state for job in Ledger(folder).jobs()} == {State.failed}
+    assert folder_for(None, ["…"], [[]] * 3, "it") != folder  # or the same command would do nothing for ever
+
+
 def test_a_search_for_a_goal_ends_once_it_is_met(tmp_path: Path) -> None:
     def work(settings: dict[str, str]) -> Report:
         ratio = float(settings["prune.ratio"])
@@ -248,6 +259,13 @@ def test_a_search_that_cannot_run_says_so_before(words: list[str], said: str) ->
         compose.check(asked(*words))
 
 
+def test_a_range_holds_its_last_step() -> None:
+    command = asked("prune.ratio=range(0.3,0.96,0.05)")
+    found = compose.search(command)
+    assert found is not None and found.space.dimensions == (Numbers("prune.ratio", 0.3, 0.95, step=0.05),)
+    assert found.space.size == 14 and found.space.dimensions[0].distribution()  # Optuna warns where it is uneven
+
+
 def test_meet_is_a_search_by_itself_and_needs_a_goal() -> None:
     command = read(["+recipe=meet", "goal.p50_ms=5", "quantize=qat"])
     compose.prepare(command)
@@ -280,6 +298,8 @@ def test_a_search_from_the_command_line(optpipe: Any, project: Path) -> None:
     )  # fmt: skip
     done = optpipe(*words)
     assert done.code == 0, done.err
-    (folder,) = (project / "outputs" / "sweeps").iterdir()
+    lost = optpipe(*words, "hydra.sweeper.storage=postgresql://127.0.0.1:1/none")
+    assert lost.code == 1 and "cannot be kept" in lost.err and "Traceback" not in lost.err + lost.out
+    folder = min((project / "outputs" / "sweeps").iterdir())
     assert [job.state for job in Ledger(folder).jobs()] == [State.done] * 3
     assert (folder / FILE).exists() and "[3 of 3 jobs]" in done.err and "3 runs" in done.out

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -30,12 +30,17 @@ class Search(Sweeper):  # type: ignore[misc]
 
     def sweep(self, arguments: list[str]) -> None:
         from optpipe import compose
+        from optpipe.errors import RecipeError
         from optpipe.search import study
 
         self.folder = Path(self.config.hydra.sweep.dir)
         found = compose.searched(self.settings, arguments, self.config)
         at_once = found.settings.at_once or compose.at_once(self.config.hydra.launcher)
-        study.Search(found.settings, found.space, self.folder, self.launch, at_once, prunes=found.prunes).run()
+        search = study.Search(found.settings, found.space, self.folder, self.launch, at_once, prunes=found.prunes)
+        try:
+            search.run()
+        except RecipeError as error:
+            raise ConfigCompositionException(str(error)) from None  # which Hydra shows as its words alone
 
     def launch(self, jobs: Sequence[Sequence[str]], first: int) -> None:
         """Those that compose; of the others the ledger says why not."""
