@@ -30,9 +30,7 @@ WORDS = (
 
 def main() -> int:
     if not all(map(importlib.util.find_spec, ("psycopg", "psycopg2"))):
-        sys.exit(
-            'this needs drivers, SQLAlchemy 2.1 the first, 2.0 the second: pip install "psycopg[binary]" psycopg2-binary'
-        )
+        sys.exit('this needs drivers: pip install "psycopg[binary]" psycopg2-binary')
     with tempfile.TemporaryDirectory() as name, server(Path(name)) as uri:
         counts = []
         for trials in (3, 5):
