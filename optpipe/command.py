@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 FLAGS_WITH_VALUE = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p"}
 FLAGS_WITH_VALUE |= {"--experimental-rerun"}
@@ -20,6 +21,8 @@ class Command:
     overrides: list[str] = field(default_factory=list)
     config_dir: Path | None = None
     is_sweep_by_recipe: bool = False
+    sweeper: str = ""  # hydra/sweeper, where it is to be another than was asked for
+    composed: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)  # by overrides, what they gave
 
     @property
     def recipe(self) -> str:
@@ -76,7 +79,7 @@ class Command:
 
     def argv(self) -> list[str]:
         """Overrides first: Hydra does not parse those that follow a flag with a value."""
-        return [*self.overrides, *self.flags]
+        return [*self.overrides, *([f"hydra/sweeper={self.sweeper}"] if self.sweeper else []), *self.flags]
 
     def again(self, overrides: Sequence[str], *, alone: bool = True) -> str:
         """The command that repeats one run, of a sweep for instance, with `overrides`; quoted for a shell.

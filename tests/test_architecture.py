@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FRAME = sorted((ROOT / "optpipe").rglob("*.py"))
-PLUGINS = {f"optpipe/hydra_plugins/optpipe_{name}.py" for name in ("ray", "search")}
+PLUGINS = {f"optpipe/hydra_plugins/optpipe_{name}.py" for name in ("once", "ray", "search")}
+COMPOSE = {f"optpipe/compose/{name}.py" for name in ("__init__", "compositions", "jobs", "refusals", "sweeps")}
 STAGES = sorted((ROOT / "stages").rglob("*.py"))
 
 
@@ -40,7 +41,7 @@ def test_the_frame_knows_no_stage() -> None:
 @pytest.mark.parametrize(
     ("package", "homes"),
     [
-        ("hydra", {"optpipe/__main__.py", "optpipe/compose.py", "optpipe/registry.py"} | PLUGINS),
+        ("hydra", {"optpipe/__main__.py", "optpipe/registry.py"} | COMPOSE | PLUGINS),
         ("hydra.core.config_store", {"optpipe/registry.py"}),
         ("mlflow", {"optpipe/tracking/delivery.py"}),
         ("optuna", {"optpipe/search/space.py", "optpipe/search/study.py"}),

@@ -114,7 +114,7 @@ def test_a_mistake_is_named_with_its_remedy(words: list[str], expected: list[str
 
 
 def test_a_runtime_that_is_not_installed_is_told_before_the_run(monkeypatch) -> None:
-    monkeypatch.setattr(compose, "missing", lambda name: True)
+    monkeypatch.setattr(compose.checked, "missing", lambda name: True)
     assert 'not installed here; pip install "optpipe[openvino]"' in problems(EDGE, "target.runtime=openvino")
 
 
