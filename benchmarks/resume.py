@@ -4,8 +4,8 @@
     python benchmarks/resume.py --kills 3
 
 Each kill: an empty store, `kill -9` at a moment of its own share of an undisturbed run's time, then the same command
-again. Ends with 1 if an
-artifact differs from the undisturbed run's, a stage is computed twice by runs at once, or damage is not found.
+again. Ends with 1 if an artifact differs from the undisturbed run's, a stage is computed twice by runs at once, or
+damage is not found.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def kills(root: Path, count: int, seconds: float, expected: str, draw: random.Ra
     hit: Counter[str] = Counter()
     same = 0
     for number in range(count):
-        folder, again, store = root / f"killed_{number}", root / f"again_{number}", root / f"store_{number}"
+        folder, store = root / f"killed_{number}", root / f"store_{number}"
         process = start(folder, store)
         time.sleep(seconds * (number + draw.random()) / count)
         was_over = process.poll() is not None
@@ -93,11 +93,12 @@ def kills(root: Path, count: int, seconds: float, expected: str, draw: random.Ra
         steps = sorted(path.name for path in folder.glob("[0-9]*_*"))
         where = "after the end" if was_over else steps[-1] if steps else "before the first step"
         hit[where] += 1
-        finished(start(again, store))
-        same += artifact(again) == expected
-        reused = [stage["key"] for stage in stages(again) if stage["cached"]]
-        print(f"killed in {where}: {artifact(again)[:12]}, reused {', '.join(reused) or 'nothing'}", flush=True)
-        for path in (folder, again, store):
+        if not was_over:
+            finished(start(folder, store))
+        same += artifact(folder) == expected
+        reused = [stage["key"] for stage in stages(folder) if stage["cached"]]
+        print(f"killed in {where}: {artifact(folder)[:12]}, reused {', '.join(reused) or 'nothing'}", flush=True)
+        for path in (folder, store):
             shutil.rmtree(path, ignore_errors=True)
     print(f"{same} of {count} ended with the undisturbed run's artifact; killed in {dict(hit)}", flush=True)
     return same == count

@@ -46,7 +46,9 @@ def _main() -> None:
             _check_writable(command)
     except OptpipeError as error:
         sys.exit(say_error(error))
-    sys.exit(_sweep(command) if command.is_sweep and not command.is_question else _hydra(command))
+    if command.is_question:
+        sys.exit(_hydra(command))
+    sys.exit(_sweep(command) if command.is_sweep else _run(command))
 
 
 def _hydra(command: Any) -> int:
@@ -73,6 +75,21 @@ def _hydra(command: Any) -> int:
             raise
         return ended.code if isinstance(ended.code, int) else 1
     return outcome["code"]
+
+
+def _run(command: Any) -> int:
+    """A single run, in a folder of its own or in the one that it was given."""
+    from optpipe import run_folder
+    from optpipe.errors import RecipeError
+    from optpipe.job import say_error
+
+    if command.run_dir is None:
+        return _hydra(command)
+    try:
+        with run_folder.held(command.run_dir, command.subject):
+            return _hydra(command)
+    except RecipeError as error:
+        return say_error(error)
 
 
 def _sweep(command: Any) -> int:

@@ -72,6 +72,14 @@ class Command:
         key = "hydra.sweep.dir="
         return next((Path(o.removeprefix(key)) for o in self.overrides if o.startswith(key)), None)
 
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder that a single run was given by its name."""
+        given = [
+            o.removeprefix("hydra.run.dir=").strip("'\"") for o in self.overrides if o.startswith("hydra.run.dir=")
+        ]
+        return Path(given[-1]) if given and "${" not in given[-1] else None
+
     def move_sweep_to(self, folder: Path) -> None:
         """Run the sweep in `folder`, whatever was named."""
         self.overrides = [o for o in self.overrides if not o.startswith("hydra.sweep.dir=")]

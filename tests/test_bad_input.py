@@ -16,6 +16,8 @@ from command import finish, start
 from torch import nn
 
 import optpipe
+from optpipe import run_folder
+from optpipe.errors import RecipeError
 
 # Timing is left out: a target that is not this machine is not timed.
 ELSEWHERE = "target.instruction_set=neon"
@@ -145,6 +147,16 @@ def test_a_folder_that_cannot_be_written_is_refused(optpipe: Any, project: Path)
     assert done.code == 1
     assert "cannot write to 'taken/run'" in done.err and "hydra.run.dir" in done.err
     assert "Traceback" not in done.err
+
+
+def test_a_folder_in_which_a_run_works_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("of the user")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "00_baseline").mkdir()
+    with run_folder.held(tmp_path, "this run"):
+        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["mine.txt"]
+        with pytest.raises(RecipeError, match="another process runs in"), run_folder.held(tmp_path, "this run"):
+            pass
 
 
 def status_in_mlflow(done: Any) -> str:

@@ -116,10 +116,13 @@ def test_a_training_that_was_killed_goes_on(project: Path, own: str, tmp_path: P
         time.sleep(0.02)
     process.kill()
     process.wait()
-    subprocess.run([*command[:-1], "hydra.run.dir=resumed"], check=True, capture_output=True)
-    notes = optpipe.report.Report.read(project / "resumed").stages[0].notes
+    subprocess.run(command, check=True, capture_output=True)
+    notes = optpipe.report.Report.read(project / "killed").stages[0].notes
     assert any("went on after epoch" in note for note in notes)
     assert not list(partial.iterdir())
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and "'killed' holds a run that is done; move it away, or choose" in again.stderr
+    assert not list((project / "killed").glob(".optpipe*"))
 
 
 def scaled(factor: float) -> Any:

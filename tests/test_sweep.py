@@ -17,9 +17,11 @@ from xml.etree import ElementTree
 import pytest
 import reports
 from command import start
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from optpipe.command import read
-from optpipe.compose import combinations
+from optpipe.compose import CONF, combinations, prepare
 from optpipe.errors import RecipeError
 from optpipe.report.front import best, front
 from optpipe.report.runs import Run
@@ -179,6 +181,30 @@ def ran(name: str, speed: float, size: int, delta: float, status: str = "ok") ->
     quality = reports.quality(delta=delta, delta_ci95=(delta - 0.0025, delta + 0.0025))
     final = reports.measurement(size_bytes=size, latency=[latency], quality=quality)
     return Run(name, Path(name), reports.of(final, status))
+
+
+def test_a_job_is_composed_once() -> None:
+    from hydra.types import HydraContext
+    from hydra_plugins.optpipe_once import Once
+
+    asked: list[list[str]] = []
+
+    class Loader:
+        def load_sweep_config(self, master_config: Any, sweep_overrides: list[str]) -> Any:
+            asked.append(sweep_overrides)
+            return OmegaConf.create({"job": sweep_overrides})
+
+    prepare(read(["--multirun"]))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", return_hydra_config=True)
+    sweeper = Once(max_batch_size=None)
+    sweeper.setup(hydra_context=HydraContext(Loader(), callbacks=None), task_function=print, config=config)
+    sweeper.validate_batch_is_legal([["seed=1"], ["seed=2"]])
+    loader = sweeper.launcher.hydra_context.config_loader
+    assert [loader.load_sweep_config(config, [f"seed={seed}"]).job[0] for seed in (1, 2)] == ["seed=1", "seed=2"]
+    assert asked == [["seed=1"], ["seed=2"]]
+    loader.load_sweep_config(config, ["seed=1"])
+    assert len(asked) == 3  # what was handed over is not kept
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from optpipe.errors import OptpipeError, named_reason, reason
+from optpipe.errors import EXIT_INTERRUPTED, OptpipeError, named_reason, reason
 from optpipe.plan import read_config
 from optpipe.progress import log
 from optpipe.report import Report
@@ -46,7 +46,11 @@ def main(words: Sequence[str] | None = None) -> int:
     pushed.add_argument("--uri", help="of the store; by default the one that the run was to go to")
     pushed.add_argument("--experiment", help="by default the one that the run was to go to")
     asked = parser.parse_args(words)
-    return max([_pushed(folder, asked.uri, asked.experiment) for folder in asked.folder])
+    try:
+        return max([_pushed(folder, asked.uri, asked.experiment) for folder in asked.folder])
+    except KeyboardInterrupt:
+        print("Interrupted; push again for the rest: what was delivered is not delivered twice", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def _pushed(folder: Path, uri: str | None, experiment: str | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -9,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from optpipe.progress import say
 from optpipe.task import Task, top1_accuracy
 from optpipe.training import Schedule, fit
-from optpipe.zoo.weights import trained_once
+from optpipe.zoo.weights import read_once, trained_once
 
 TEST_IMAGES = 450
 VALIDATION_IMAGES = 250
@@ -65,31 +67,20 @@ class DigitsNet(nn.Module):
 
 def task() -> Task:
     """Images (n, 1, 32, 32), upscaled from 8×8, and their digits; split once, stratified, the same on every machine."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    labels = torch.from_numpy(digits.target)
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    kept = read_once(f"digits_data_{version('scikit-learn')}", _read)
+    images = kept["images"].float().unsqueeze(1) / 16
     images = (nn.functional.interpolate(images, size=32, mode="bilinear") - MEAN) / STD
 
-    def split(indices: list[int], size: int) -> tuple[list[int], list[int]]:
-        rest, part = train_test_split(indices, test_size=size, stratify=digits.target[indices], random_state=0)
-        return rest, part
-
-    rest, test = split(list(range(len(labels))), TEST_IMAGES)
-    train, validation = split(rest, VALIDATION_IMAGES)
-    _, calibration = split(train, CALIBRATION_IMAGES)
-
-    def batches(indices: list[int], *, size: int = 64, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(TensorDataset(images[indices], labels[indices]), batch_size=size, shuffle=shuffle)
+    def batches(part: str, *, size: int = 64, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+        indices = kept[part]
+        return DataLoader(TensorDataset(images[indices], kept["labels"][indices]), batch_size=size, shuffle=shuffle)
 
     return Task(
-        train=batches(train, size=32, shuffle=True),
-        validation=batches(validation),
-        calibration=batches(calibration),
-        test=batches(test),
-        example_inputs=images[train[:16]],
+        train=batches("train", size=32, shuffle=True),
+        validation=batches("validation"),
+        calibration=batches("calibration"),
+        test=batches("test"),
+        example_inputs=images[kept["train"][:16]],
         metric=top1_accuracy(),
         fingerprint="scikit-learn digits 32x32, split 0",
         input_names=["image"],
@@ -97,6 +88,28 @@ def task() -> Task:
         class_names=[str(digit) for digit in range(10)],
         slices={"ink": ink},
     )
+
+
+def _read() -> dict[str, Tensor]:
+    """Images (1797, 8, 8) from 0 to 16, labels (1797,), and the indices of each split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+
+    def split(indices: list[int], size: int) -> tuple[list[int], list[int]]:
+        rest, part = train_test_split(indices, test_size=size, stratify=digits.target[indices], random_state=0)
+        return rest, part
+
+    rest, test = split(list(range(len(digits.target))), TEST_IMAGES)
+    train, validation = split(rest, VALIDATION_IMAGES)
+    _, calibration = split(train, CALIBRATION_IMAGES)
+    parts = {"train": train, "validation": validation, "calibration": calibration, "test": test}
+    return {
+        "images": torch.from_numpy(digits.images).byte(),
+        "labels": torch.from_numpy(digits.target),
+        **{name: torch.tensor(indices) for name, indices in parts.items()},
+    }
 
 
 def ink(images: Tensor, _: Tensor) -> list[str]:

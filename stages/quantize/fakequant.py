@@ -28,7 +28,6 @@ with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     )
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    from .conv_bn import patterns_once
     from .engines import quantizer_for
     from .integers import make_ready
     from .placement import NORMS, IntegerQuantizer, layers
@@ -61,8 +60,7 @@ def prepare_training(model: nn.Module, settings: Qat, ctx: Context) -> tuple[Gra
     quantizer = quantizer_for(settings.placement, ctx, chosen, kept)
     if isinstance(quantizer, IntegerQuantizer):
         make_ready(graph)
-    with patterns_once():
-        prepared = prepare_qat_pt2e(graph, quantizer)
+    prepared = prepare_qat_pt2e(graph, quantizer)
     if not quantizer.compute_layers:
         raise StageError("this model has no convolution, linear layer or matrix product that could be trained for int8")
     allow_exported_model_train_eval(prepared)

@@ -20,7 +20,6 @@ from optpipe.task import call, tensors_in
 with quiet("torch.utils._pytree", "torchao"):  # about its own insides
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    from .conv_bn import patterns_once
     from .engines import quantizer_for
     from .integers import keep_out_of_integers, look_up_integers, make_ready, make_room_for_biases
     from .placement import CLAMPING, MOVING, NORMS, IntegerQuantizer, held, layer_of, layers
@@ -108,8 +107,7 @@ def copied(prepared: GraphModule) -> GraphModule:
 
 def convert(prepared: GraphModule, quantizer: Annotator, ctx: Context) -> nn.Module:
     """The calibrated graph with quantise operators in place of its observers."""
-    with patterns_once():
-        converted = convert_pt2e(prepared)
+    converted = convert_pt2e(prepared)
     if isinstance(quantizer, IntegerQuantizer) and quantizer.kernels.rounds_float:
         keep_out_of_integers(converted)
     if tables := look_up_integers(converted):

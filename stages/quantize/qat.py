@@ -63,6 +63,12 @@ class Qat(Schedule):
         return unmet(self, target)
 
     def run(self, model: nn.Module, ctx: Context) -> nn.Module:
+        from .torchao_patterns import patterns_once
+
+        with patterns_once():
+            return self._trained(model, ctx)
+
+    def _trained(self, model: nn.Module, ctx: Context) -> nn.Module:
         import copy
 
         from optpipe.held_out import HeldOutLoss, hold_out

@@ -1,8 +1,9 @@
-"""torchao's patterns of a convolution with batch norm, exported once.
+"""torchao's patterns of batch norm and dropout, exported once.
 
-Preparing and converting a graph for training, torchao exports about 140 small patterns with torch.export, anew in every
-call and for every kind of convolution whether the graph has one or not: ten times what all else takes. The patterns
-depend on nothing but what their functions close over.
+Preparing and converting a graph for training, torchao exports about 140 small patterns with torch.export, for every
+kind of convolution whether the graph has one or not, and six more whenever the graph is switched between training and
+not: all that takes longer than training a small network. The patterns depend on nothing but what their functions close
+over.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torchao.quantization.pt2e import qat_utils
+from torchao.quantization.pt2e import qat_utils, utils
 
 _exported: dict[Any, GraphModule] = {}
 _HELPERS = ("_fuse_conv_bn_qat_helper", "_fold_conv_bn_qat_helper")
@@ -23,15 +24,15 @@ _EXPORT = "_get_aten_graph_module_for_pattern"
 @contextmanager
 def patterns_once() -> Iterator[None]:
     """Within this torchao keeps its patterns, and tries none of a kind of convolution that a graph lacks."""
-    own = {name: getattr(qat_utils, name) for name in (*_HELPERS, _EXPORT)}
-    for name in _HELPERS:
-        setattr(qat_utils, name, _where_present(own[name]))
-    setattr(qat_utils, _EXPORT, _kept(own[_EXPORT]))
+    own = [(qat_utils, name, getattr(qat_utils, name)) for name in (*_HELPERS, _EXPORT)]
+    own.append((utils, _EXPORT, getattr(utils, _EXPORT)))
+    for module, name, function in own:
+        setattr(module, name, (_kept if name == _EXPORT else _where_present)(function))
     try:
         yield
     finally:
-        for name, function in own.items():
-            setattr(qat_utils, name, function)
+        for module, name, function in own:
+            setattr(module, name, function)
 
 
 def _where_present(helper: Callable[..., GraphModule]) -> Callable[..., GraphModule]:
@@ -45,7 +46,7 @@ def _where_present(helper: Callable[..., GraphModule]) -> Callable[..., GraphMod
 
 def _kept(export: Callable[..., GraphModule]) -> Callable[..., GraphModule]:
     def known_or_exported(pattern: Any, example: Any, is_cuda: bool = False, **kwargs: Any) -> GraphModule:
-        closed_over = tuple(cell.cell_contents for cell in pattern.fn.__closure__)
+        closed_over = tuple(cell.cell_contents for cell in pattern.fn.__closure__ or ())
         key = pattern.fn.__qualname__, closed_over, is_cuda, tuple(kwargs)
         if key not in _exported:
             _exported[key] = export(pattern, example, is_cuda, **kwargs)
