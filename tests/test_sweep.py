@@ -184,8 +184,8 @@ def ran(name: str, speed: float, size: int, delta: float, status: str = "ok") ->
 
 
 def test_a_job_is_composed_once() -> None:
+    from hydra.core.plugins import Plugins
     from hydra.types import HydraContext
-    from hydra_plugins.optpipe_once import Once
 
     asked: list[list[str]] = []
 
@@ -197,7 +197,7 @@ def test_a_job_is_composed_once() -> None:
     prepare(read(["--multirun"]))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", return_hydra_config=True)
-    sweeper = Once(max_batch_size=None)
+    sweeper = Plugins.instance().class_name_to_class["hydra_plugins.optpipe_once.Once"](max_batch_size=None)
     sweeper.setup(hydra_context=HydraContext(Loader(), callbacks=None), task_function=print, config=config)
     sweeper.validate_batch_is_legal([["seed=1"], ["seed=2"]])
     loader = sweeper.launcher.hydra_context.config_loader
