@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -294,7 +295,8 @@ def watched(ledger: Ledger) -> Iterator[None]:
     from rich.live import Live
 
     ended = threading.Event()
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    to_terminal = sys.stdout.isatty()  # else what is printed goes to a file, and not through the table
+    with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=to_terminal) as live:
 
         def watch() -> None:
             shown: list[Job] = []
@@ -321,11 +323,12 @@ def view(jobs: Sequence[Job]) -> Any:
     counts = {state: sum(job.state is state for job in jobs) for state in State}
     title = ", ".join(f"{count} {state.value}" for state, count in counts.items() if count)
     found = Table(title=f"{title}{left(jobs)}", title_justify="left", box=SIMPLE, pad_edge=False)
-    for column in ("job", "state", "s", "settings"):
+    for column in ("job", "state", "time", "settings"):
         found.add_column(column, no_wrap=True)
     for job in [job for job in jobs if job.state is not State.waiting][-12:]:
-        seconds = time.time() - job.started if job.state is State.running else job.seconds
-        found.add_row(str(job.number), job.state.value, f"{seconds:.0f}", job.said(common))
+        since = time.strftime("since %H:%M:%S", time.localtime(job.started))  # it is not redrawn while a job runs
+        took = since if job.state is State.running else f"{job.seconds:.0f} s"
+        found.add_row(str(job.number), job.state.value, took, job.said(common))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -23,10 +24,11 @@ from omegaconf import OmegaConf
 from optpipe.command import read
 from optpipe.compose import CONF, combinations, prepare
 from optpipe.errors import RecipeError
+from optpipe.report.console import show
 from optpipe.report.front import best, front
 from optpipe.report.runs import Run
 from optpipe.report.scatter import drawn
-from optpipe.sweep import Job, Ledger, State, alone, folder_for, left
+from optpipe.sweep import Job, Ledger, State, alone, folder_for, left, view
 
 WORDS = (
     "--multirun", "+recipe=clip_int8", "--config-dir", "my_conf", "target.instruction_set=neon", "tracking=none",
@@ -205,6 +207,29 @@ def test_a_job_is_composed_once() -> None:
     assert asked == [["seed=1"], ["seed=2"]]
     loader.load_sweep_config(config, ["seed=1"])
     assert len(asked) == 3  # what was handed over is not kept
+
+
+def test_results_are_printed_above_the_live_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    terminal, result = Console(file=io.StringIO(), force_terminal=True, width=60), Table("size")
+    result.add_row("37.0 KB")
+    with Live("1 running", console=terminal, auto_refresh=False):
+        show(result)
+    assert "37.0 KB" in terminal.file.getvalue() and not capsys.readouterr().out
+
+
+def test_a_running_job_shows_since_when() -> None:
+    from rich.console import Console
+
+    done = Job(number=0, overrides=["seed=0"], state=State.done, seconds=65.4)
+    jobs = [done, Job(number=1, overrides=["seed=1"], state=State.running, started=time.time())]
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(view(jobs))
+    assert "1 running, 1 done" in shown.file.getvalue() and "65 s" in shown.file.getvalue()
+    assert f"since {time.localtime(jobs[1].started).tm_hour:02}:" in shown.file.getvalue()
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

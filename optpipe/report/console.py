@@ -120,7 +120,9 @@ def show(view: Any) -> None:
     if not console.is_terminal:
         console.width = UNBOUNDED
         console.width = max(TABLE_WIDTH, console.measure(view).maximum)
-    console.print(view)
+    with console.capture() as shown:
+        console.print(view)
+    print(shown.get(), end="")  # as any line: a sweep's live table makes room for what is printed
 
 
 def _figures(measurement: Measurement, latency: Latency | None) -> list[str]:
