@@ -3,8 +3,8 @@
     python benchmarks/resume.py                 # 20 kills, 4 processes, 20 damaged files; about 40 min on 2 cores
     python benchmarks/resume.py --kills 3
 
-Each kill: an empty store, `kill -9` at a moment of its own share of an undisturbed run's time, then the same command
-again. Ends with 1 if an artifact differs from the undisturbed run's, a stage is computed twice by runs at once, or
+Each kill: an empty store, `kill -9` at a random moment of a step (each step in turn, beginning with what comes before
+the first), then the same command again. Ends with 1 if an artifact differs from the undisturbed run's, a stage is computed twice by runs at once, or
 damage is not found.
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 WORDS = ("+recipe=edge_int8", "measure=quick", "measure.noise_limit=1000", "tracking=none", "distill.epochs=3")
+BEFORE = "before the first step"
 DAMAGES = ("truncated", "flipped", "swapped")
 
 
@@ -40,12 +41,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         finished(start(root / "warm", root / "store_warm"))  # the reference network's weights
-        begin = time.monotonic()
-        finished(start(root / "whole", root / "store_whole"))
-        seconds = time.monotonic() - begin
+        begun = timeline(start(root / "whole", root / "store_whole"), root / "whole")
         expected = artifact(root / "whole")
-        print(f"undisturbed: {seconds:.0f} s, {expected[:12]}", flush=True)
-        good = kills(root, asked.kills, seconds, expected, draw)
+        print(f"undisturbed: {sum(begun.values()):.0f} s, {expected[:12]}", flush=True)
+        good = kills(root, asked.kills, begun, expected, draw)
         good &= at_once(root, asked.processes, expected)
         good &= damaged(root, asked.damages, expected, draw)
     return int(not good)
@@ -78,21 +77,39 @@ def stages(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def kills(root: Path, count: int, seconds: float, expected: str, draw: random.Random) -> bool:
-    """The moments are spread over an undisturbed run: one in each of `count` equal parts."""
+def timeline(process: subprocess.Popen[str], folder: Path) -> dict[str, float]:
+    """Seconds that a run spends in each step, by its folder, until the next one's appears."""
+    seconds, here, since = {}, BEFORE, time.monotonic()
+    while process.poll() is None:
+        if (now := step_of(folder)) != here:
+            seconds[here], here, since = time.monotonic() - since, now, time.monotonic()
+        time.sleep(0.005)
+    finished(process)
+    return {**seconds, here: time.monotonic() - since}
+
+
+def step_of(folder: Path) -> str:
+    """Where a run is: the rehearsal's folder is removed after it, the baseline's is made before it."""
+    if (folder / "00_rehearsal").is_dir():
+        return "00_rehearsal"
+    return max((path.name for path in folder.glob("[0-9]*_*")), default=BEFORE)
+
+
+def kills(root: Path, count: int, seconds: dict[str, float], expected: str, draw: random.Random) -> bool:
+    """seconds: of an undisturbed run, in each step."""
     hit: Counter[str] = Counter()
     same = 0
     for number in range(count):
-        folder, store = root / f"killed_{number}", root / f"store_{number}"
+        folder, store, aim = root / f"killed_{number}", root / f"store_{number}", list(seconds)[number % len(seconds)]
         process = start(folder, store)
-        time.sleep(seconds * (number + draw.random()) / count)
-        was_over = process.poll() is not None
+        while process.poll() is None and step_of(folder) != aim:
+            time.sleep(0.002)
+        time.sleep(seconds[aim] * draw.random())
+        was_over, where = process.poll() is not None, step_of(folder)
         if not was_over:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        steps = sorted(path.name for path in folder.glob("[0-9]*_*"))
-        where = "after the end" if was_over else steps[-1] if steps else "before the first step"
-        hit[where] += 1
+        hit["after the end" if was_over else where] += 1
         if not was_over:
             finished(start(folder, store))
         same += artifact(folder) == expected
@@ -100,8 +117,9 @@ def kills(root: Path, count: int, seconds: float, expected: str, draw: random.Ra
         print(f"killed in {where}: {artifact(folder)[:12]}, reused {', '.join(reused) or 'nothing'}", flush=True)
         for path in (folder, store):
             shutil.rmtree(path, ignore_errors=True)
-    print(f"{same} of {count} ended with the undisturbed run's artifact; killed in {dict(hit)}", flush=True)
-    return same == count
+    missed = [step for step in seconds if not hit[step]]
+    print(f"{same} of {count} ended with the undisturbed run's artifact; killed in {dict(hit)}; not in {missed}")
+    return same == count and (not missed or count < 2 * len(seconds))
 
 
 def at_once(root: Path, count: int, expected: str) -> bool:
