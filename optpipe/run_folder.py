@@ -1,4 +1,4 @@
-"""A folder that a single run was given (hydra.run.dir): one run's at a time, and never one that is done."""
+"""A folder that a single run was given (hydra.run.dir) is that run's alone, and what it leaves is not overwritten."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from pathlib import Path
 
 from optpipe.errors import RecipeError
 
-LOCK = ".optpipe.lock"
-OWN = ("[0-9][0-9]_*", "model", "quality", "samples", "report.json", "report.html", "config.json")
+MARK = ".optpipe.lock"  # stays until a run has ended well: what lies beside it is that run's
 
 
 @contextmanager
 def held(folder: Path, subject: str) -> Iterator[None]:
     """Hold `folder`, without what a run left there that did not end well; its finished steps are in the store.
 
-    Raises RecipeError if the folder holds a run that is done, or one that still works there.
+    Raises RecipeError if the folder holds a run that is done, one that still works there, or anything else: nothing is
+    removed but what a run of optpipe's has written into a folder that was empty.
     """
     from filelock import FileLock, Timeout
 
+    remedy = "choose another folder with hydra.run.dir=…"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    if any(folder.iterdir()) and not (folder / MARK).exists():
+        what = "a run that is done" if _is_done(folder) else "other files"
+        raise RecipeError([f"'{folder}' holds {what}; {remedy}"], subject)
+    lock = FileLock(folder / MARK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RecipeError([f"another process runs in '{folder}'; wait for it, or {_ELSEWHERE}"], subject) from None
+        raise RecipeError([f"another process runs in '{folder}'; wait for it, or {remedy}"], subject) from None
     try:
-        if _is_done(folder):
-            raise RecipeError([f"'{folder}' holds a run that is done; move it away, or {_ELSEWHERE}"], subject)
         _clear(folder)
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        if _is_done(folder):
+            (folder / MARK).unlink(missing_ok=True)
         lock.release()
-
-
-_ELSEWHERE = "choose another folder with hydra.run.dir=…"
 
 
 def _is_done(folder: Path) -> bool:
@@ -50,11 +50,8 @@ def _is_done(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Only what runs write: the folder may hold files of the user's."""
-    if not (folder / ".hydra").is_dir():
-        return
-    for path in (found for pattern in OWN for found in folder.glob(pattern)):
+    for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name != MARK:
             path.unlink()

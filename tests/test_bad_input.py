@@ -149,14 +149,25 @@ def test_a_folder_that_cannot_be_written_is_refused(optpipe: Any, project: Path)
     assert "Traceback" not in done.err
 
 
-def test_a_folder_in_which_a_run_works_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("of the user")
-    (tmp_path / ".hydra").mkdir()
-    (tmp_path / "00_baseline").mkdir()
-    with run_folder.held(tmp_path, "this run"):
-        assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["mine.txt"]
-        with pytest.raises(RecipeError, match="another process runs in"), run_folder.held(tmp_path, "this run"):
+def test_a_named_folder_is_one_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with run_folder.held(folder, "this run"):
+        (folder / "01_prune").mkdir()
+        with pytest.raises(RecipeError, match="another process runs in"), run_folder.held(folder, "this run"):
             pass
+    with run_folder.held(folder, "this run"):  # it did not end well
+        assert not list(folder.glob("[!.]*"))
+        (folder / "report.json").write_text('{"status": "ok"}')
+    with pytest.raises(RecipeError, match="holds a run that is done; choose"), run_folder.held(folder, "this run"):
+        pass
+    assert (folder / "report.json").exists()
+
+
+def test_a_folder_of_the_users_is_left_alone(optpipe: Any, project: Path) -> None:
+    before = sorted(project.iterdir())
+    done = optpipe("+recipe=clip_int8", "--config-dir=my_conf", "hydra.run.dir=.")
+    assert done.code == 1 and "'.' holds other files; choose another folder with hydra.run.dir=" in done.err
+    assert sorted(project.iterdir()) == sorted({*before, project / "mlflow.db"})
 
 
 def status_in_mlflow(done: Any) -> str:

@@ -121,7 +121,7 @@ def test_a_training_that_was_killed_goes_on(project: Path, own: str, tmp_path: P
     assert any("went on after epoch" in note for note in notes)
     assert not list(partial.iterdir())
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and "'killed' holds a run that is done; move it away, or choose" in again.stderr
+    assert again.returncode == 1 and "'killed' holds a run that is done; choose another folder" in again.stderr
     assert not list((project / "killed").glob(".optpipe*"))
 
 
