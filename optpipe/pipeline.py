@@ -73,6 +73,7 @@ def run(
             report.error = str(error) or type(error).__name__
             raise
         finally:
+            loop.measurer.close()
             report.seconds = time.perf_counter() - started
             report.measuring_seconds = loop.measurer.seconds
             own = sum(stage.seconds for stage in report.stages)

@@ -93,6 +93,11 @@ class Measurer:
         self._reference: dict[Split, Predictions] = {}
         self._judged: dict[tuple[str, str, Split], Predictions] = {}  # the latest, by the content of the model
 
+    def close(self) -> None:
+        """End the processes that timed."""
+        with self._clock():
+            self._bench.close()
+
     def baseline(self, artifact: Artifact) -> Measurement:
         """Measure the model as it came in, saved in `00_baseline`, and exported unoptimised to the target's runtime.
 
