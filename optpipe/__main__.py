@@ -66,6 +66,7 @@ def _hydra(command: Any) -> int:
         outcome["code"] = job.run(config, command, started=_started())
 
     sys.argv[1:] = command.argv()
+    command.composed.clear()  # the job takes the command to other processes
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except KeyboardInterrupt:
