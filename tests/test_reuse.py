@@ -99,7 +99,7 @@ def test_what_was_damaged_is_computed_again(project: Path, own: str, tmp_path: P
 
 def test_a_training_that_was_killed_goes_on(project: Path, own: str, tmp_path: Path) -> None:
     words = [
-        "+recipe=clip_int8", *PLAIN, "data=lasting", "distill=finetune", "distill.epochs=150", "pipeline=[distill]",
+        "+recipe=clip_int8", *PLAIN, "data=lasting", "distill=finetune", "distill.epochs=50", "pipeline=[distill]",
     ]  # fmt: skip
     conf = project / "my_conf" / "data"
     conf.mkdir(exist_ok=True)
