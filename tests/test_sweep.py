@@ -89,7 +89,7 @@ def test_ctrl_c_is_one_message_and_the_same_command_goes_on(project: Path, cache
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in out + err and err.count("Interrupted") == 1
     assert "Interrupted; 2 of 3 jobs wait, and the same command goes on" in err
     assert states(only(project)) == [State.done, State.waiting, State.waiting]
