@@ -49,6 +49,15 @@ def named_reason(error: BaseException) -> str:
     return kind if said == kind else f"{kind}: {said}"
 
 
+def is_interruption(error: BaseException | None) -> bool:
+    """Whether `error` is a Ctrl-C, or was raised while one was dealt with: some libraries turn it into their own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'quantize'?` if something known is close to `word`, else an empty string."""
     close = get_close_matches(word, list(known), n=1)

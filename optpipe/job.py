@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from optpipe import compose, execute, machine, registry
 from optpipe.command import Command
-from optpipe.errors import EXIT_INTERRUPTED, EXIT_PROBLEM, OptpipeError
+from optpipe.errors import EXIT_INTERRUPTED, EXIT_PROBLEM, OptpipeError, is_interruption
 from optpipe.progress import console, log, say
 from optpipe.sweep import Ledger, State, cleared
 
@@ -33,13 +33,19 @@ def run(config: DictConfig, command: Command, started: float) -> int:
     try:
         return _show(_executed(config, command, here, started), here.folder)
     except (OptpipeError, OSError) as error:
+        if is_interruption(error):
+            return _interrupted(here.folder)
         log.exception("the run failed")
         if isinstance(error, OSError):
             error.add_note(f"the run's folder is {here.folder}; free space there, or choose another: hydra.run.dir=…")
         return say_error(error)
     except KeyboardInterrupt:
-        console.print(f"Interrupted; what was finished is in {here.folder}", markup=False)
-        return EXIT_INTERRUPTED
+        return _interrupted(here.folder)
+
+
+def _interrupted(folder: Path) -> int:
+    console.print(f"Interrupted; what was finished is in {folder}", markup=False)
+    return EXIT_INTERRUPTED
 
 
 def _in_sweep(config: DictConfig, command: Command, here: compose.Here, started: float) -> int:

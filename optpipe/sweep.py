@@ -23,7 +23,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from optpipe.errors import OverBudget, RecipeError
+from optpipe.errors import OverBudget, RecipeError, is_interruption
 from optpipe.progress import console, say
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
@@ -145,6 +145,9 @@ class Ledger:
         except OverBudget as error:
             job = replace(job, state=State.stopped, reason=str(error), code=1)
         except Exception as error:  # one job that fails neither ends nor hides the others
+            if is_interruption(error):
+                self.write(replace(job, state=State.waiting))
+                raise KeyboardInterrupt from error
             reason = f"{type(error).__name__}: {error}"
             job = replace(job, state=State.failed, reason=reason, code=1)
         else:

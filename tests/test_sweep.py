@@ -140,6 +140,17 @@ def test_a_job_whose_process_has_ended_waits_again(tmp_path: Path) -> None:
     assert [job.state for job in ledger.jobs()] == [State.waiting, State.waiting]
 
 
+def test_a_ctrl_c_that_a_library_turns_into_its_own_error_is_one(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.begin(["seed=1,2"], [["seed=1"], ["seed=2"]])
+    with pytest.raises(KeyboardInterrupt), ledger.running(0, ["seed=1"]):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as pressed:
+            raise RuntimeError("a callback failed") from pressed
+    assert ledger.job(0).state is State.waiting
+
+
 def test_a_job_is_not_taken_for_a_later_process_of_its_number(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.begin(["seed=1,2"], [["seed=1"], ["seed=2"]])
