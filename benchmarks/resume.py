@@ -115,6 +115,7 @@ def kills(root: Path, count: int, seconds: dict[str, float], expected: str, draw
         if not was_over:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        was_over |= (folder / "report.json").exists()
         hit["after the end" if was_over else where] += 1
         if not was_over:
             finished(start(folder, store))

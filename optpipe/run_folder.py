@@ -10,23 +10,25 @@ from pathlib import Path
 
 from optpipe.errors import RecipeError
 
-MARK = ".optpipe.lock"  # stays until a run has ended well: what lies beside it is that run's
+MARK = ".optpipe.lock"  # stays until a run has ended well: what a run writes, and lies beside it, is that run's
+WRITTEN = ("[0-9][0-9]_*", "model", "quality", "samples", "config.json", "report.json", "report.html")
 
 
 @contextmanager
 def held(folder: Path, subject: str) -> Iterator[None]:
     """Hold `folder`, without what a run left there that did not end well; its finished steps are in the store.
 
-    Raises RecipeError if the folder holds a run that is done, one that still works there, or anything else: nothing is
-    removed but what a run of optpipe's has written into a folder that was empty.
+    Raises RecipeError if the folder holds a run that is done, one that still works there, or something that was there
+    before the first run: only a folder that was empty is a run's own.
     """
     from filelock import FileLock, Timeout
 
     remedy = "choose another folder with hydra.run.dir=…"
     folder.mkdir(parents=True, exist_ok=True)
+    if _is_done(folder):
+        raise RecipeError([f"'{folder}' holds a run that is done; {remedy}"], subject)
     if any(folder.iterdir()) and not (folder / MARK).exists():
-        what = "a run that is done" if _is_done(folder) else "other files"
-        raise RecipeError([f"'{folder}' holds {what}; {remedy}"], subject)
+        raise RecipeError([f"'{folder}' holds other files; {remedy}"], subject)
     lock = FileLock(folder / MARK)
     try:
         lock.acquire(timeout=0)
@@ -50,8 +52,13 @@ def _is_done(folder: Path) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != MARK:
-            path.unlink()
+    for path in (found for pattern in WRITTEN for found in folder.glob(pattern)):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all that it holds."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import Any
 
 from optpipe.errors import OverBudget, RecipeError, is_interruption
 from optpipe.progress import console, say
+from optpipe.run_folder import remove
 
 FILE, JOBS, LOCK = "sweep.json", "jobs", ".lock"
 LATELY_SECONDS = 1.0  # between two looks at the ledger, for the live table
@@ -281,12 +281,8 @@ def cleared(folder: Path, before: Job) -> None:
     if before.folder != str(folder):
         return  # what lies there is not of this job
     for path in folder.glob("*"):
-        if path.name in KEPT:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if path.name not in KEPT:
+            remove(path)
 
 
 @contextmanager

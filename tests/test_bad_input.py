@@ -155,9 +155,10 @@ def test_a_named_folder_is_one_runs(tmp_path: Path) -> None:
         (folder / "01_prune").mkdir()
         with pytest.raises(RecipeError, match="another process runs in"), run_folder.held(folder, "this run"):
             pass
-    with run_folder.held(folder, "this run"):  # it did not end well
-        assert not list(folder.glob("[!.]*"))
-        (folder / "report.json").write_text('{"status": "ok"}')
+    (folder / "notes.txt").write_text("of the user, who looked at what failed")
+    with run_folder.held(folder, "this run"):
+        assert [path.name for path in folder.glob("[!.]*")] == ["notes.txt"]
+    (folder / "report.json").write_text('{"status": "ok"}')  # and killed before it could say that it ended well
     with pytest.raises(RecipeError, match="holds a run that is done; choose"), run_folder.held(folder, "this run"):
         pass
     assert (folder / "report.json").exists()
