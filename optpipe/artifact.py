@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +41,21 @@ class Artifact:
         """The one that is judged and measured; nobody may change it."""
         return self.form.load(self.folder)
 
-    def fresh(self) -> Any:
-        """The model anew, for a stage that may change it."""
-        return self.form.load(self.folder)
+    @contextmanager
+    def lent(self) -> Iterator[Any]:
+        """The model for a stage, which may change it.
+
+        A program takes long to load and a stage seldom changes it: it is given the one that is judged, which is
+        loaded again only if its content is another afterwards.
+        """
+        if self.form.NAME != "program":
+            yield self.form.load(self.folder)
+            return
+        try:
+            yield self.model
+        finally:
+            if self.form.content_hash(self.model) != self.hash:
+                del self.__dict__["model"]
 
     def unloaded(self) -> Artifact:
         """The same without the memory that a loaded model takes."""

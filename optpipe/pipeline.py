@@ -29,13 +29,14 @@ from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure.latency import Bench
 from optpipe.measure.measurer import Measurer
 from optpipe.measure.memory import peak_memory
-from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken
+from optpipe.plan import Choice, Entry, Plan, Step, forms_along, method_of, spoken, steps_of
 from optpipe.progress import log, say
 from optpipe.rehearsal import Forecast, Forecasts, Rehearsal
 from optpipe.report import Attempt, BudgetReport, Final, NotMeasured, Report, StageResult
 from optpipe.report.page import write_page
 from optpipe.reuse import Outcome, Place, Reuse
 from optpipe.runtimes import engine_of
+from optpipe.schedule import Schedule
 from optpipe.state import State
 from optpipe.store import Key, open_store
 from optpipe.task import Inputs, Task
@@ -136,23 +137,25 @@ class Loop:
         self._finish(self.states[-1])
 
     def _rehearse(self, baseline: Artifact) -> None:
-        """The whole chain, unless nothing is left to train or the same was rehearsed before, by itself or as asked."""
+        """What the store does not hold, unless nothing in it trains or the same was rehearsed before; all, if asked."""
         rehearsal, begin = Rehearsal(self.plan, self.task, self.folder, self.measurer), time.perf_counter()
-        place = Place(baseline.form.NAME, baseline.hash)
-        if self.plan.rehearse is None and not self.reuse.trains(place):
+        is_asked = self.plan.rehearse is not None
+        done, last = (0, None) if is_asked else self.reuse.reached(Place(baseline.form.NAME, baseline.hash))
+        if not is_asked and not any(isinstance(step.stage, Schedule) for step in steps_of(self.plan.entries[done:])):
             return
         key, kind = self.reuse.rehearsal(), self.reuse.rehearsal_of_kind()
         try:
             with self.reuse.alone(key):
-                if self.plan.rehearse is None and (known := self.reuse.forecasts(key)) is not None:
+                if not is_asked and (known := self.reuse.forecasts(key)) is not None:
                     self.forecasts = known
                     return
-                if self.plan.rehearse is None and self.reuse.is_rehearsed(kind):
+                if not is_asked and self.reuse.is_rehearsed(kind):
                     say(
                         "rehearsal: none, these stages were rehearsed before, set to other numbers (rehearse=true asks)"
                     )
                     return
-                self.forecasts = rehearsal.run(self.baseline)
+                before = self.reuse.model(last, rehearsal.folder / "before") if last else None
+                self.forecasts = rehearsal.run(baseline, before or baseline, done if before else 0)
                 self.reuse.keep_forecasts(key, self.forecasts)
                 self.reuse.keep_forecasts(kind, {})
         except OptpipeError:
@@ -298,16 +301,16 @@ class Loop:
 
     def _run(self, step: Step, before: State, folder: Path, result: StageResult, key: Key | None) -> Outcome:
         given, ctx = before.artifact, self._context(step, before, folder, result, self.reuse.partial(key))
-        model = given.fresh()
-        begin, measured = time.perf_counter(), self.measurer.seconds
-        try:
-            with machine_lock().working(), peak_memory() as peak:
-                model = step.stage.run(model, ctx)
-            result.peak_memory_bytes = peak.bytes
-        finally:
-            result.seconds = time.perf_counter() - begin - (self.measurer.seconds - measured)
-        step.form_after(given.form.NAME, model)
-        artifact = Artifact.save(model, folder)
+        with given.lent() as model:
+            begin, measured = time.perf_counter(), self.measurer.seconds
+            try:
+                with machine_lock().working(), peak_memory() as peak:
+                    model = step.stage.run(model, ctx)
+                result.peak_memory_bytes = peak.bytes
+            finally:
+                result.seconds = time.perf_counter() - begin - (self.measurer.seconds - measured)
+            step.form_after(given.form.NAME, model)
+            artifact = Artifact.save(model, folder)
         if artifact.form is not given.form:
             precision = parity.coarsest(parity.precision(given.model), *ctx.precisions)
             result.notes.append(self._parity(given.model, artifact.model, precision).note())

@@ -1,4 +1,4 @@
-"""The rehearsal: the whole chain once, on two batches of data, before the first stage that takes long.
+"""The rehearsal: the chain once, on two batches of data, before the first stage that takes long.
 
 What would fail after an hour of training fails now, and every step gets a predicted time and peak memory. Nothing is
 judged, timed or kept: the quality of a model after one step of training says nothing.
@@ -22,11 +22,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from optpipe import parity
+from optpipe.artifact import Artifact
 from optpipe.budget import Policy
 from optpipe.checkpoint import random_state, set_random_state
 from optpipe.context import Context
 from optpipe.errors import OptpipeError, StageError
-from optpipe.forms import Form, form_of
 from optpipe.machine import machine_lock, usable_cores
 from optpipe.measure.measurer import Measurer
 from optpipe.measure.memory import peak_memory, resident_bytes
@@ -95,18 +95,6 @@ class Untimed(Context):
         return False
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """The model between two steps."""
-
-    model: Any
-    form: Form
-    folder: Path
-
-    def reloaded(self) -> _Saved:
-        return replace(self, model=self.form.load(self.folder))
-
-
 class Rehearsal:
     """One rehearsal of a plan. The model, the random state and the number of threads are left as they were.
 
@@ -119,20 +107,27 @@ class Rehearsal:
         self.number = 0
         self.failed: StageResult | None = None  # the step that ended the rehearsal
 
-    def run(self, model: Any) -> Forecasts:
-        """Take a copy of `model` through the plan. Raises StageError for the step that fails; its folder then stays."""
-        begin = time.perf_counter()
-        say(f"rehearsal: {len(self.plan.entries)} steps on {BATCHES} batches …")
+    def run(self, baseline: Artifact, before: Artifact, done: int = 0) -> Forecasts:
+        """Take `before` through the plan behind its first `done` entries, which made it of `baseline`.
+
+        Raises StageError for the step that fails; its folder then stays.
+        """
+        begin, entries = time.perf_counter(), self.plan.entries[done:]
+        say(f"rehearsal: {len(entries)} steps on {BATCHES} batches …")
+        self.folder.mkdir(exist_ok=True)
         with _state_kept(self.whole), machine_lock().working():
             self.cuts = {split: _cut(getattr(self.whole, split)) for split in SPLITS}
             self.task = _unjudged(self.whole, self.cuts)
-            state = self._start(model)
-            for number, entry in enumerate(self.plan.entries, 1):
+            self.baseline = baseline.form.load(baseline.folder)
+            if isinstance(self.baseline, nn.Module):
+                self.baseline.requires_grad_(False)
+            state = before
+            for number, entry in enumerate(entries, done + 1):
                 self.number = number
                 state = self._choose(entry, state) if isinstance(entry, Choice) else self._step(entry, state)
         shutil.rmtree(self.folder)
         self._add_resident()
-        say(self._summary(time.perf_counter() - begin))
+        say(self._summary(len(steps_of(entries)), time.perf_counter() - begin))
         return self.forecasts
 
     def _add_resident(self) -> None:
@@ -142,19 +137,7 @@ class Rehearsal:
             if not (isinstance(resident, NotMeasured) or isinstance(found.peak_memory_bytes, NotMeasured)):
                 self.forecasts[key] = replace(found, peak_memory_bytes=resident + found.peak_memory_bytes)
 
-    def _start(self, model: Any) -> _Saved:
-        """`model`, saved and loaded, so that nothing happens to it."""
-        found = form_of(model)
-        assert found is not None
-        folder = self.folder / "0_baseline"
-        folder.mkdir(parents=True)
-        found.save(model, folder)
-        self.baseline = found.load(folder)
-        if isinstance(self.baseline, nn.Module):
-            self.baseline.requires_grad_(False)
-        return _Saved(found.load(folder), found, folder)
-
-    def _step(self, step: Step, before: _Saved) -> _Saved:
+    def _step(self, step: Step, before: Artifact) -> Artifact:
         """One stage, its model saved and loaded, and a look at what it computes."""
         folder = self.folder / f"{self.number}_{step.key}"
         folder.mkdir()
@@ -169,7 +152,7 @@ class Rehearsal:
             self._note(raised, step, before, folder)
             raise raised from error
 
-    def _note(self, error: OptpipeError, step: Step, before: _Saved, folder: Path) -> None:
+    def _note(self, error: OptpipeError, step: Step, before: Artifact, folder: Path) -> None:
         """Add to `error` where it happened, and keep it as the result of `step`."""
         self.failed = StageResult(
             key=step.key, stage=step.info.name, status="failed", seconds=0.0, form=before.form.NAME,
@@ -183,7 +166,7 @@ class Rehearsal:
             f"if {BATCHES} batches are too few for it and nothing else is wrong, rehearse=false does without"
         )
 
-    def _run(self, step: Step, before: _Saved, folder: Path) -> _Saved:
+    def _run(self, step: Step, before: Artifact, folder: Path) -> Artifact:
         facts: dict[str, Any] = {}
         seed = self.plan.seed_of(step.key)
         torch.manual_seed(seed)
@@ -194,16 +177,16 @@ class Rehearsal:
         )  # fmt: skip
         for cut in self.cuts.values():
             cut.kept.clear()
-        begin = time.perf_counter()
-        with peak_memory() as peak:
-            model = _shortened(step.stage).run(before.model, ctx)
-        seconds = self._seconds(step.stage, time.perf_counter() - begin, facts)
-        self.forecasts[step.key, step.settings] = Forecast(seconds, peak.growth_bytes)
-        found = step.form_after(before.form.NAME, model)
-        found.save(model, folder)
-        after = _Saved(found.load(folder), found, folder)
-        if found is not before.form:
-            self._compare(before.reloaded().model, after.model)
+        with before.lent() as model:
+            begin = time.perf_counter()
+            with peak_memory() as peak:
+                model = _shortened(step.stage).run(model, ctx)
+            seconds = self._seconds(step.stage, time.perf_counter() - begin, facts)
+            self.forecasts[step.key, step.settings] = Forecast(seconds, peak.growth_bytes)
+            step.form_after(before.form.NAME, model)
+            after = Artifact.save(model, folder)
+        if after.form is not before.form:
+            self._compare(before.model, after.model)
         return after
 
     def _seconds(self, stage: Any, rehearsed: float, facts: dict[str, Any]) -> float | NotMeasured:
@@ -240,12 +223,12 @@ class Rehearsal:
                 if shapes[0] != shapes[1]:
                     raise StageError(f"the outputs had shapes {shapes[0]} before this step and {shapes[1]} after it")
 
-    def _choose(self, choice: Choice, before: _Saved) -> _Saved:
+    def _choose(self, choice: Choice, before: Artifact) -> Artifact:
         """Every branch; the chain goes on from the first that works."""
-        worked: list[_Saved] = []
+        worked: list[Artifact] = []
         reasons: list[str] = []
         for branch in choice.branches:
-            state = before.reloaded()
+            state = before
             try:
                 for step in branch:
                     state = self._step(step, state)
@@ -256,10 +239,10 @@ class Rehearsal:
         rolls_back = self.plan.budget.policy in (Policy.rollback, Policy.relax)
         if worked or (keeps_form and (choice.how == "best_of" or rolls_back)):
             self.failed = None
-            return (worked or [before])[0].reloaded()
+            return (worked or [before])[0]
         raise StageError(f"in the rehearsal, no alternative of {choice.how} worked: {'; '.join(reasons)}")
 
-    def _summary(self, seconds: float) -> str:
+    def _summary(self, count: int, seconds: float) -> str:
         """As in "rehearsed 7 steps in 6.1 s; predicted: distill 24.0 s and 0.9 GB; …"."""
         known = {key: found for (key, _), found in self.forecasts.items() if isinstance(found.seconds, float)}
         longest = sorted(known, key=lambda key: -known[key].seconds)  # type: ignore[operator]
@@ -269,7 +252,6 @@ class Rehearsal:
         parts += [f"the others {figures.seconds(rest)} together"] if rest else []
         unknown = [key for (key, _) in self.forecasts if key not in known]
         parts += [f"{', '.join(unknown)} unknown"] if unknown else []
-        count = len(steps_of(self.plan.entries))
         return f"  rehearsed {count} steps in {figures.seconds(seconds)}; predicted: {'; '.join(parts)}"
 
 

@@ -25,13 +25,12 @@ from optpipe import fingerprint
 from optpipe.artifact import Artifact
 from optpipe.context import Benchmarks
 from optpipe.measure.measurer import SAMPLES
-from optpipe.plan import Choice, Plan, Step, steps_of
+from optpipe.plan import Plan, Step, steps_of
 from optpipe.predictions import Predictions
 from optpipe.progress import say
 from optpipe.rehearsal import Forecast, Forecasts
 from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResult, Table
 from optpipe.report.schema import typed
-from optpipe.schedule import Schedule
 from optpipe.store import KEY_FILE, Key, NoStore, Results
 from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
 from optpipe.store.planned import planned_key
@@ -203,19 +202,25 @@ class Reuse:
     def is_rehearsed(self, key: Key | None) -> bool:
         return key is not None and self.store.get(key) is not None
 
-    def trains(self, place: Place) -> bool:
-        """Whether a stage must be trained, as far as that can be said before the run: after a choice it may be."""
+    def reached(self, place: Place) -> tuple[int, Key | None]:
+        """How many of the first entries lead from result to result in the store, and the last one's key.
+
+        What follows a choice is not looked for: before the run nobody knows what it takes.
+        """
+        last: Key | None = None
         for number, entry in enumerate(self.plan.entries):
-            rest = steps_of(self.plan.entries[number:])
-            if not any(isinstance(step.stage, Schedule) for step in rest):
-                return False
-            if isinstance(entry, Choice) or (key := self.step(entry, place)) is None:
-                return True
-            content = self.store.get(self._timed(key)) or self.store.get(key)
+            key = self.step(entry, place) if isinstance(entry, Step) else None
+            content = self.store.get(self._timed(key)) or self.store.get(key) if key else None
             if content is None:
-                return True
+                return number, last
             place = Place(content["form"], content["hash"], content["benchmarks"]["engine"] or place.engine)
-        return False
+            last = key
+        return len(self.plan.entries), last
+
+    def model(self, key: Key, folder: Path) -> Artifact | None:
+        """The model that a step gave, copied to `folder`; None if the store has it no more."""
+        content = self.store.get(self._timed(key), folder) or self.store.get(key, folder)
+        return Artifact.kept(content["form"], folder, content["hash"]) if content else None
 
     @contextmanager
     def alone(self, key: Key | None) -> Iterator[None]:

@@ -110,6 +110,23 @@ def test_the_same_stages_with_other_numbers_are_not_rehearsed_again(
     assert asked.rehearsal_seconds > 1
 
 
+def test_what_the_store_holds_is_not_rehearsed(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ("store=user", f"store.folder={tmp_path / 'store'}")
+    task = pixels()
+    task.fingerprint = "scikit-learn digits"
+    run(project, *kept, "distill.epochs=1", "pipeline=[simplify,distill]", task=task)
+    capsys.readouterr()
+    chain = "pipeline=[simplify,distill,distill_more,quantize,trace,export]"
+    report = run(project, *kept, "distill.epochs=1", "+distill@distill_more=logits", chain, folder="more", task=task)
+    assert "rehearsal: 4 steps" in capsys.readouterr().err
+    assert [stage.key for stage in report.stages if stage.cached] == ["simplify", "distill"]
+    assert [stage.key for stage in report.stages if not isinstance(stage.predicted_seconds, NotMeasured)] == [
+        "distill_more", "quantize", "trace", "export",
+    ]  # fmt: skip
+
+
 def test_data_that_are_shuffled_come_in_the_same_order(project: Path) -> None:
     def task() -> optpipe.Task:
         made = pixels()

@@ -19,6 +19,8 @@ import pytest
 import reports
 from command import start
 from hydra import compose, initialize_config_dir
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
 from omegaconf import OmegaConf
 
 from optpipe.command import read
@@ -196,28 +198,39 @@ def ran(name: str, speed: float, size: int, delta: float, status: str = "ok") ->
     return Run(name, Path(name), reports.of(final, status))
 
 
-def test_a_job_is_composed_once() -> None:
-    from hydra.core.plugins import Plugins
-    from hydra.types import HydraContext
-
+def test_jobs_that_differ_in_values_are_composed_once_and_as_hydra_does() -> None:
     asked: list[list[str]] = []
 
     class Loader:
         def load_sweep_config(self, master_config: Any, sweep_overrides: list[str]) -> Any:
             asked.append(sweep_overrides)
-            return OmegaConf.create({"job": sweep_overrides})
+            return by_hydra(sweep_overrides)
+
+    def by_hydra(overrides: list[str]) -> Any:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="optpipe"):
+            return compose("config", overrides=["+recipe=edge_int8", *overrides], return_hydra_config=True)
 
     prepare(read(["--multirun"]))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("config", return_hydra_config=True)
     sweeper = Plugins.instance().class_name_to_class["hydra_plugins.optpipe_once.Once"](max_batch_size=None)
+    config = by_hydra([])
     sweeper.setup(hydra_context=HydraContext(Loader(), callbacks=None), task_function=print, config=config)
-    sweeper.validate_batch_is_legal([["seed=1"], ["seed=2"]])
     loader = sweeper.launcher.hydra_context.config_loader
-    assert [loader.load_sweep_config(config, [f"seed={seed}"]).job[0] for seed in (1, 2)] == ["seed=1", "seed=2"]
-    assert asked == [["seed=1"], ["seed=2"]]
-    loader.load_sweep_config(config, ["seed=1"])
-    assert len(asked) == 3  # what was handed over is not kept
+
+    def job(*overrides: str) -> str:
+        found, own = loader.load_sweep_config(config, list(overrides)), by_hydra(list(overrides))
+        own.hydra.overrides.task.remove("+recipe=edge_int8")  # of the command, where Hydra sweeps
+        own.hydra.job.override_dirname = own.hydra.job.override_dirname.replace("+recipe=edge_int8,", "")
+        found.hydra.overrides.task = [text for text in found.hydra.overrides.task if "recipe" not in text]
+        found.hydra.job.override_dirname = found.hydra.job.override_dirname.replace("+recipe=edge_int8,", "")
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(own)
+        return str(found.hydra.job.override_dirname)
+
+    names = {job(f"prune.ratio={ratio}", "quantize=static", f"seed={seed}") for ratio in (0.5, 0.6) for seed in (1, 2)}
+    assert len(names) == 4 and asked == [["prune.ratio=0.5", "quantize=static", "seed=1"]]
+    job("prune.ratio=0.6", "quantize=qat", "seed=1")  # another group's settings
+    job("prune.keep=[a]", "prune.ratio=0.6", "prune.ratio=0.7")  # the last of two holds
+    job("prune.keep=[a]", "prune.ratio=0.8", "prune.ratio=0.7")
+    assert len(asked) == 4
 
 
 def test_results_are_printed_above_the_live_table(capsys: pytest.CaptureFixture[str]) -> None:

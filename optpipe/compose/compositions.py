@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,22 +34,36 @@ def composed(overrides: Sequence[str], command: Command, *, whole: bool = False)
 
 
 def _derived(overrides: Sequence[str], command: Command) -> DictConfig | None:
-    """From what was composed before, where no more than one plain value differs: that takes no time."""
+    """From what was composed before, where no more than plain values differ: that takes no time."""
     for (known, _), config in command.composed.items():
-        if len(known) != len(overrides):
+        changed = changes(known, overrides)
+        if changed is None:
             continue
-        others = [(one, other) for one, other in zip(known, overrides, strict=True) if one != other]
-        if not others:
-            return _without_hydra(config)
-        before, after = (_plain_value(text) for text in others[0])
-        if len(others) == 1 and before and after and before.key_or_group == after.key_or_group:
-            config = _without_hydra(config)
-            try:
-                OmegaConf.update(config, after.key_or_group, after.value(), merge=True)
-            except OmegaConfBaseException:
-                return None  # composing it says what is wrong
-            return config
+        found = _without_hydra(config)
+        try:
+            for override in changed:
+                OmegaConf.update(found, override.key_or_group, override.value(), merge=True)
+        except OmegaConfBaseException:
+            return None  # composing it says what is wrong
+        return found
     return None
+
+
+def changes(before: Sequence[str], after: Sequence[str]) -> list[Override] | None:
+    """The plain values in which two commands differ; None if there is more between them than that."""
+    if len(before) != len(after):
+        return None
+    places = [place for place, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+    changed = []
+    for place in places:
+        old, new = _plain_value(before[place]), _plain_value(after[place])
+        if old is None or new is None or old.key_or_group != new.key_or_group:
+            return None
+        others = [*after[:place], *after[place + 1 :]]
+        if any(_overlap(key, new.key_or_group) for key in map(_set_by, others) if key):
+            return None  # which of them holds is decided by their order
+        changed.append(new)
+    return changed
 
 
 def parsed(text: str) -> Override | None:
@@ -58,12 +73,26 @@ def parsed(text: str) -> Override | None:
         return None  # composing it says what is wrong
 
 
+@functools.cache
 def _plain_value(text: str) -> Override | None:
     """The override `text`, if all that it does is to set something to another value."""
     found = parsed(text)
     if found is None or found.type is not OverrideType.CHANGE or found.package or found.is_sweep_override():
         return None
-    return found if "." in found.key_or_group or found.key_or_group in SETTINGS else None
+    if isinstance(found.value(), dict):
+        return None  # goes into what is there, and takes nothing away
+    return found if _set_by(text) and not found.is_hydra_override() else None
+
+
+def _set_by(text: str) -> str:
+    """The setting that an override is about; empty for one that chooses from a config group."""
+    key = text.lstrip("+~").partition("=")[0]
+    return key if "@" not in key and ("." in key or key in SETTINGS) else ""
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of two keys holds the other, or they are the same."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _compose(overrides: Sequence[str], command: Command, whole: bool) -> DictConfig:

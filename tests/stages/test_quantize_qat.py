@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 
@@ -15,7 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from optpipe import StageError
 from optpipe.checkpoint import Checkpoint
+from optpipe.forms.torch import content_hash
 from optpipe.stages.prune.magnitude import Magnitude
+from optpipe.stages.quantize import torchao_patterns
 from optpipe.stages.quantize.fakequant import calibrate_rounded, freeze, prepare_training, ranges_kept
 from optpipe.stages.quantize.qat import Qat
 from optpipe.stages.quantize.static import Granularity, Observer, Signedness, Static
@@ -64,6 +67,31 @@ def test_a_trained_model_runs_in_integers_without_batch_norm(model, ctx, tmp_pat
     assert "BatchNormalization" not in kinds
     assert accuracy(quantised, ctx) >= accuracy(static, ctx) - 0.01
     assert ctx.facts["frozen_after"] == 1 and len(ctx.facts["losses"]) == 2
+
+
+class Shrunk(nn.Module):
+    """Two kinds of convolution, with a bias and without, and a square root that is not batch norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.each = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU())
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, image):
+        return self.head(torch.sqrt(self.up(self.each(self.down(image))).mean((2, 3)).abs() + 1))
+
+
+@pytest.mark.slow  # torchao exports 140 patterns
+@pytest.mark.parametrize("weights", Granularity)
+def test_patterns_that_are_not_needed_change_nothing(weights, context, monkeypatch) -> None:
+    torch.manual_seed(0)
+    model = Shrunk().eval()
+    ours = Qat(epochs=1, **U8S8, weights=weights).run(copy.deepcopy(model), context(model))
+    monkeypatch.setattr(torchao_patterns, "patterns_once", contextlib.nullcontext)
+    torchaos = Qat(epochs=1, **U8S8, weights=weights).run(copy.deepcopy(model), context(model))
+    assert content_hash(ours) == content_hash(torchaos)
 
 
 def test_training_that_does_not_help_is_taken_back(model, ctx) -> None:
