@@ -1,12 +1,13 @@
 """A sweep of twelve runs: what it costs beside the work that its jobs do not share, alone and two at once.
 
-    python benchmarks/sweep.py                  # everything; over an hour on 2 cores
-    python benchmarks/sweep.py --only cold,again
+    python benchmarks/sweep.py                     # everything; over an hour on 2 cores
+    python benchmarks/sweep.py --only cold,again   # a quarter of an hour
+    python benchmarks/sweep.py --short             # half the epochs and quick figures: the rest weighs more
 
-Five sweeps of 3 pruning ratios × 4 quantisers: with an empty store, the same again, with an empty store but without
-rehearsals, two jobs at once with an empty store, and without a store. Ends with 1 if one of the two with an empty store
-costs more than 1.15 times the work of its distinct steps plus measuring, a step is computed twice, or the second
-computes something or takes more than 2.5 s a run.
+Five sweeps of 3 pruning ratios × 4 quantisers of the recipe as it is: with an empty store, the same again, with an empty
+store but without rehearsals, two jobs at once with an empty store, and without a store. Ends with 1 if one of the first
+and the third costs more than 1.15 times the work of its distinct steps plus measuring, a step is computed twice, or the
+second computes something or takes more than 2.5 s a run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from typing import Any
 COST, SECONDS_A_RUN = 1.15, 2.5
 WORDS = (
     "--multirun", "+recipe=edge_int8", "prune.ratio=0.5,0.6,0.7", "quantize=static,dynamic,mixed,qat", "tracking=none",
-    "measure=quick", "measure.noise_limit=1000", "distill.epochs=5",
+    "measure.noise_limit=1000",  # a figure that a busy minute spoilt would be measured again
 )  # fmt: skip
+SHORT = ("distill.epochs=5", "measure=quick")
 SWEEPS = {
     "cold": ("store.folder={root}/alone",),
     "again": ("store.folder={root}/alone",),
@@ -70,12 +72,14 @@ class Swept:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SWEEPS), help="comma-separated, in this order")
-    asked = parser.parse_args().only.split(",")
+    parser.add_argument("--short", action="store_true", help=" ".join(SHORT))
+    arguments = parser.parse_args()
+    asked, words = arguments.only.split(","), (*WORDS, *(SHORT if arguments.short else ()))
     good, found = True, {}
     print("| sweep | seconds | of stages | measuring | the rest | results computed | twice |\n|" + " --- |" * 7)
     with tempfile.TemporaryDirectory() as name:
         for sweep in asked:
-            found[sweep] = swept = run(sweep, Path(name))
+            found[sweep] = swept = run(sweep, words, Path(name))
             twice = sum(count > 1 for count in swept.computed.values())
             print(
                 f"| {sweep} | {swept.seconds:.0f} | {swept.work:.0f} | {swept.measuring:.0f} | {swept.other} | "
@@ -95,10 +99,10 @@ def main() -> int:
     return int(not good)
 
 
-def run(name: str, root: Path) -> Swept:
+def run(name: str, words: tuple[str, ...], root: Path) -> Swept:
     """Ends this program where a job fails."""
     folder = root / name
-    words = [*WORDS, *(word.format(root=root) for word in SWEEPS[name]), f"hydra.sweep.dir={folder}"]
+    words = (*words, *(word.format(root=root) for word in SWEEPS[name]), f"hydra.sweep.dir={folder}")
     begin = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "optpipe", *words], capture_output=True, text=True)
     seconds = time.monotonic() - begin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -68,13 +69,15 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
-    versions = {}
-    for package in REPORTED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    return {package: _version(package) for package in REPORTED_PACKAGES}
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _spoken(value: Any) -> str:
