@@ -4,10 +4,10 @@
     python benchmarks/sweep.py --only cold,again   # a quarter of an hour
     python benchmarks/sweep.py --short             # half the epochs and quick figures: the rest weighs more
 
-Five sweeps of 3 pruning ratios × 4 quantisers of the recipe as it is: with an empty store, the same again, with an empty
-store but without rehearsals, two jobs at once with an empty store, and without a store. Ends with 1 if one of the first
-and the third costs more than 1.15 times the work of its distinct steps plus measuring, a step is computed twice, or the
-second computes something or takes more than 2.5 s a run.
+Five sweeps of 3 pruning ratios × 4 quantisers of the recipe as it is: with an empty store, the same again, with an
+empty store but without rehearsals, two jobs at once with an empty store, and without a store. Ends with 1 if one of the
+first and the third costs more than 1.15 times the work of its distinct steps plus measuring, a step is computed twice,
+or the second computes something or takes more than 2.5 s a run.
 """
 
 from __future__ import annotations
