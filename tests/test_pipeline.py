@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import optpipe
+from optpipe.artifact import Artifact
 from optpipe.report.console import missing
 
 QUICK = ("target.instruction_set=neon", "tracking=none", "measure.previews=false")
@@ -118,3 +121,21 @@ def test_a_sweep_runs_every_combination(optpipe: Any, project: Path) -> None:
     done = optpipe(*words, "clip.limit=0.5,1.0", "pipeline=[clip,trace]")
     assert done.code == 0, done.err
     assert len(list((project / "outputs" / "sweeps").glob("*/*/report.json"))) == 2
+
+
+def test_a_stage_may_change_the_model_that_it_is_given(tmp_path: Path) -> None:
+    network = nn.Linear(2, 2)
+    for number, model in enumerate((network, torch.export.export(network, (torch.ones(1, 2),)))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        saved = Artifact.save(model, folder)
+        with saved.lent() as given:
+            given.state_dict()["weight"].zero_() if number == 0 else given.state_dict["weight"].data.zero_()
+        assert saved.form.content_hash(given) != saved.form.content_hash(saved.model) == saved.hash
+
+
+def test_a_program_that_no_stage_changes_is_loaded_once(tmp_path: Path) -> None:
+    saved = Artifact.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path)
+    with saved.lent() as given:
+        pass
+    assert saved.model is given
