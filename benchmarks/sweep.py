@@ -47,8 +47,15 @@ class Swept:
 
     @property
     def computed(self) -> Counter[str]:
-        """How often each result was computed, by its key in the store."""
-        return Counter(stage["store_key"] for stage in self._stages() if not stage["cached"])
+        """How often each result was computed, by its key in the store; without one, by what it is made of and gives."""
+        found: Counter[str] = Counter()
+        for report in self.reports:
+            before = ""
+            for stage in report["stages"]:
+                key = stage["store_key"] or f"{stage['stage']} {before} {stage['model_sha256']}"
+                before = stage["model_sha256"]
+                found[key] += not stage["cached"]
+        return +found
 
     @property
     def work(self) -> float:

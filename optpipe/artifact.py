@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optpipe.forms import Form, form, form_of
+from optpipe.forms.exported import EXPORTED
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,25 @@ class Artifact:
     def lent(self) -> Iterator[Any]:
         """The model for a stage, which may change it.
 
-        A program takes long to load and a stage seldom changes it: it is given the one that is judged, which is
-        loaded again only if its content is another afterwards.
+        Of a file it is a copy. A program takes long to load and a stage seldom changes it: it is given the one that is
+        judged, which is loaded again if the stage fails or its content is another afterwards.
         """
+        if self.form.NAME in EXPORTED:
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                self.form.save(self.form.load(self.folder), Path(name))
+                yield self.form.load(Path(name))
+            return
         if self.form.NAME != "program":
             yield self.form.load(self.folder)
             return
         try:
             yield self.model
-        finally:
-            if self.form.content_hash(self.model) != self.hash:
-                del self.__dict__["model"]
+            is_changed = self.form.content_hash(self.model) != self.hash
+        except BaseException:
+            self.__dict__.pop("model", None)
+            raise
+        if is_changed:
+            del self.__dict__["model"]
 
     def unloaded(self) -> Artifact:
         """The same without the memory that a loaded model takes."""

@@ -56,6 +56,7 @@ class Context:
     device: str  # to train on: "cpu", "cuda", "cuda:1"
     seed: int  # of this step; torch's generator was seeded with it
     measurer: Measurer
+    engine: str = ""  # that was chosen before to run the model
     benchmarks: Benchmarks = field(default_factory=Benchmarks)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -64,6 +65,10 @@ class Context:
     precisions: list[str] = field(default_factory=list)
     choose_engine: Callable[[Any, Sequence[str], Benchmarks], None] | None = None
     partial: Path | None = None  # a folder that outlives a run which is killed, if there is one
+
+    @property
+    def _engine(self) -> str:
+        return self.benchmarks.engine or self.engine
 
     @property
     def checkpoints(self) -> Path:
@@ -98,7 +103,7 @@ class Context:
         """
         if not self._can_time():
             return []
-        found = self.measurer.latencies(model, self.dir, batch_sizes, threads, self.benchmarks.engine)
+        found = self.measurer.latencies(model, self.dir, batch_sizes, threads, self._engine)
         for point in found:
             if isinstance(point, NotMeasured):
                 self.note(f"not measured, {point.not_measured}")
@@ -114,7 +119,7 @@ class Context:
         """Time `model` at batch 1 under `counts` threads that call it at once; empty as for `time`."""
         if not (counts and self._can_time()):
             return []
-        found = self.measurer.callers(model, self.dir, counts, self.benchmarks.engine)
+        found = self.measurer.callers(model, self.dir, counts, self._engine)
         self.benchmarks.callers.extend(found)
         return found
 
@@ -122,7 +127,7 @@ class Context:
         """Time `model` at batch 1 over `seconds` without a pause; None as for `time`."""
         if not (seconds and self._can_time()):
             return None
-        self.benchmarks.sustained = self.measurer.sustained(model, self.dir, seconds, self.benchmarks.engine)
+        self.benchmarks.sustained = self.measurer.sustained(model, self.dir, seconds, self._engine)
         return self.benchmarks.sustained
 
     def _can_time(self) -> bool:

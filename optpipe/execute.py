@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from optpipe import sources, tracking
 from optpipe.budget import AT_LEAST, LIMITS, Limits
-from optpipe.plan import Plan, Step, forms_along, write_config
+from optpipe.plan import Plan, Step, forms_along, steps_of, write_config
+from optpipe.schedule import Schedule
 from optpipe.store.planned import kept
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def describe(plan: Plan) -> str:
             lines.append(f"       or {', '.join(f'{step.key} ({step.info.name})' for step in branch)}")
         for method, reason in () if isinstance(entry, Step) else entry.absent:
             lines.append(f"       without {method}: {reason}")
-    lines.append(f"  rehearsal: {_rehearsal(plan)}")
+    lines.append(f"  rehearsal: {_rehearsal(plan, stored)}")
     limits = [_limits("", plan.budget), *(_limits(f"{k}.", v) for k, v in plan.budget.stages.items())]
     budget = ", ".join(filter(None, limits)) or "no limits"
     lines.append(f"  budget: {budget}, policy {plan.budget.policy.value}")
@@ -78,7 +79,12 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _rehearsal(plan: Plan) -> str:
+def _rehearsal(plan: Plan, stored: set[str]) -> str:
+    done = 0 if plan.rehearse else len(stored)
+    if plan.is_rehearsed and done:
+        if not any(isinstance(step.stage, Schedule) for step in steps_of(plan.entries[done:])):
+            return "none, what trains is in the store (rehearse=true asks for one)"
+        return f"from step {done + 1} on, on two batches, before it (rehearse=false does without)"
     if plan.is_rehearsed:
         return "the whole chain on two batches before the first step (rehearse=false does without)"
     return "none, as asked" if plan.rehearse is False else "none, no stage trains (rehearse=true asks for one)"

@@ -14,7 +14,7 @@ from optpipe.machine import INSTRUCTION_SETS, bound_cores, cpu, cpu_quota
 
 REPORTED_PACKAGES = (
     "optpipe", "torch", "torchao", "torch-pruning", "onnx", "onnxruntime", "onnxscript", "numpy", "lightning-fabric",
-    "openvino", "executorch",
+    "openvino", "executorch", "onnx-ir",
 )  # fmt: skip
 NEEDED = ("cpu", "isa", "cores")
 COMPARED = ("governor", "cpu_quota")

@@ -143,7 +143,7 @@ class Loop:
         done, last = (0, None) if is_asked else self.reuse.reached(Place(baseline.form.NAME, baseline.hash))
         if not is_asked and not any(isinstance(step.stage, Schedule) for step in steps_of(self.plan.entries[done:])):
             return
-        key, kind = self.reuse.rehearsal(), self.reuse.rehearsal_of_kind()
+        key, kind = self.reuse.rehearsal(done), self.reuse.rehearsal_of_kind(done)
         try:
             with self.reuse.alone(key):
                 if not is_asked and (known := self.reuse.forecasts(key)) is not None:
@@ -157,7 +157,8 @@ class Loop:
                 before = self.reuse.model(last, rehearsal.folder / "before") if last else None
                 self.forecasts = rehearsal.run(baseline, before or baseline, done if before else 0)
                 self.reuse.keep_forecasts(key, self.forecasts)
-                self.reuse.keep_forecasts(kind, {})
+                for later in range(done, len(self.plan.entries)):  # what stands behind more of them was rehearsed too
+                    self.reuse.keep_forecasts(self.reuse.rehearsal_of_kind(later), {})
         except OptpipeError:
             if rehearsal.failed:
                 self.report.stages.append(rehearsal.failed)
@@ -341,7 +342,8 @@ class Loop:
             notes=result.notes,
             tables=result.tables,
             attempts=result.attempts,
-            benchmarks=Benchmarks(engine=before.engine),
+            benchmarks=Benchmarks(),
+            engine=before.engine,
             choose_engine=functools.partial(alternatives.choose_engine, step.key, folder, result, self.judge),
             partial=partial,
         )

@@ -43,6 +43,7 @@ class StageInfo:
     gives: str  # the form it returns, or "same"
     requires: tuple[str, ...]  # importable modules that it needs
     extra: str | None  # the extra of its distribution that installs them
+    compiles: bool  # what it gives runs on such machines alone as the one that made it
     needs_recovery: bool  # what it gives must be trained again before limits on quality mean something
 
     def missing(self) -> list[str]:
@@ -60,6 +61,7 @@ def register(
     gives: str,
     requires: Sequence[str] = (),
     extra: str | None = None,
+    compiles: bool = False,
     needs_recovery: bool = False,
 ) -> Callable[[S], S]:
     """Register a dataclass with `run(model, ctx)` as the stage `name`, "group/option".
@@ -68,6 +70,7 @@ def register(
     gives: the form that `run` returns; "same" if it passes the form through.
     requires: modules that `run` imports beyond optpipe's own dependencies; checked before a run starts.
     extra: what to `pip install` when one of them is missing, for example "optpipe[openvino]".
+    compiles: whether what `run` gives is compiled for this machine; the store then gives it to no other.
     needs_recovery: whether the model must be trained again afterwards; the budget then judges quality after the step
         behind it.
 
@@ -86,7 +89,7 @@ def register(
         forms = (takes,) if isinstance(takes, str) else tuple(takes)
         if taken:  # a module that is reloaded in a notebook registers its classes again
             del _by_class[taken.cls]
-        _by_class[cls] = StageInfo(name, cls, forms, gives, tuple(requires), extra, needs_recovery)
+        _by_class[cls] = StageInfo(name, cls, forms, gives, tuple(requires), extra, compiles, needs_recovery)
         ConfigStore.instance().store(group=group, name=option, node=cls, provider=cls.__module__)
         return cls
 

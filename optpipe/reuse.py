@@ -32,7 +32,7 @@ from optpipe.rehearsal import Forecast, Forecasts
 from optpipe.report import Attempt, Latency, Measurement, NotMeasured, StageResult, Table
 from optpipe.report.schema import typed
 from optpipe.store import KEY_FILE, Key, NoStore, Results
-from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of
+from optpipe.store.code import UnknownCode, code_of, code_of_modules, code_of_optpipe, value_of, versions_of
 from optpipe.store.planned import planned_key
 from optpipe.task import SPLITS, Split, Task, size_of
 
@@ -99,6 +99,7 @@ class Reuse:
                 "stage": step.info.name, "settings": settings, "stage code": code, "model": asdict(place),
                 "target": _spoken(asdict(target)), "int8 instructions": target.int8_instructions().value,
                 "is host": target.is_host, "seed": self.plan.seed_of(step.key), "device": self.plan.device,
+                "needs": versions_of(step.info.requires), **({"machine": self._machine} if step.info.compiles else {}),
             },
         )  # fmt: skip
 
@@ -106,8 +107,7 @@ class Reuse:
         """The result of `key` in `folder` and in `result`; None if it must be computed."""
         if key is None:
             return None
-        timed = None if self.plan.measure.fresh else self.store.get(self._timed(key), folder)
-        content = timed or self.store.get(key, folder)
+        content = self._found(key, folder)
         if content is None:
             return None
         self._take_samples(folder / SAMPLES, self.run_folder / SAMPLES / key.digest[:12])
@@ -123,6 +123,11 @@ class Reuse:
         self._write_key(key, folder, result)
         self._keep_place(key, result)
         return Outcome(Artifact.kept(content["form"], folder, content["hash"]), benchmarks)
+
+    def _found(self, key: Key, folder: Path | None = None) -> dict[str, Any] | None:
+        """What the store has of a step's result; what was timed is not taken where it is to be timed again."""
+        timed = None if self.plan.measure.fresh else self.store.get(self._timed(key), folder)
+        return timed or self.store.get(key, folder)
 
     def _keep_place(self, key: Key, result: StageResult) -> None:
         """Remember where a plan leads, for dry_run."""
@@ -181,23 +186,26 @@ class Reuse:
             self.store.put(key, {"n": found.n}, {file.name: file})
             return found
 
-    def rehearsal(self) -> Key | None:
-        """Of the whole chain's rehearsal."""
+    def rehearsal(self, done: int) -> Key | None:
+        """Of the chain's rehearsal behind its first `done` entries."""
         steps = steps_of(self.plan.entries)
         keys = [self.step(step, Place("", "")) for step in steps]
         if self._common is None or any(key is None for key in keys):
             return None
         order = [str(entry.key) for entry in self.plan.entries]
         policy = self.plan.budget.policy.value
-        return self._key("rehearsal", {"steps": [key.digest for key in keys if key], "order": order, "policy": policy})
+        return self._key(
+            "rehearsal", {"steps": [key.digest for key in keys if key], "order": order, "policy": policy, "done": done}
+        )
 
-    def rehearsal_of_kind(self) -> Key | None:
-        """Of the rehearsal of any chain of these stages, whatever numbers they are set to."""
+    def rehearsal_of_kind(self, done: int) -> Key | None:
+        """Of the rehearsal of any chain of these stages behind `done` of them, whatever numbers they are set to."""
         keys = [self.step(step, Place("", "")) for step in steps_of(self.plan.entries)]
         if self._common is None or any(key is None for key in keys):
             return None
         steps = [Key(key.kind, _without_numbers(key.parts)).digest for key in keys if key]
-        return self._key("rehearsal", {"steps": steps, "order": [entry.key for entry in self.plan.entries]})
+        order = [str(entry.key) for entry in self.plan.entries]
+        return self._key("rehearsal", {"steps": steps, "order": order, "done": done})
 
     def is_rehearsed(self, key: Key | None) -> bool:
         return key is not None and self.store.get(key) is not None
@@ -210,16 +218,17 @@ class Reuse:
         last: Key | None = None
         for number, entry in enumerate(self.plan.entries):
             key = self.step(entry, place) if isinstance(entry, Step) else None
-            content = self.store.get(self._timed(key)) or self.store.get(key) if key else None
+            content = self._found(key) if key else None
             if content is None:
                 return number, last
-            place = Place(content["form"], content["hash"], content["benchmarks"]["engine"] or place.engine)
+            engine = place.engine if content["form"] == place.form else ""
+            place = Place(content["form"], content["hash"], content["benchmarks"]["engine"] or engine)
             last = key
         return len(self.plan.entries), last
 
     def model(self, key: Key, folder: Path) -> Artifact | None:
         """The model that a step gave, copied to `folder`; None if the store has it no more."""
-        content = self.store.get(self._timed(key), folder) or self.store.get(key, folder)
+        content = self._found(key, folder)
         return Artifact.kept(content["form"], folder, content["hash"]) if content else None
 
     @contextmanager

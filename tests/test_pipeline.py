@@ -11,6 +11,8 @@ from torch import nn
 
 import optpipe
 from optpipe.artifact import Artifact
+from optpipe.forms import ExportedFile
+from optpipe.forms import program as program_form
 from optpipe.report.console import missing
 
 QUICK = ("target.instruction_set=neon", "tracking=none", "measure.previews=false")
@@ -132,6 +134,45 @@ def test_a_stage_may_change_the_model_that_it_is_given(tmp_path: Path) -> None:
         with saved.lent() as given:
             given.state_dict()["weight"].zero_() if number == 0 else given.state_dict["weight"].data.zero_()
         assert saved.form.content_hash(given) != saved.form.content_hash(saved.model) == saved.hash
+
+
+def test_a_stage_that_fails_leaves_no_changed_program(tmp_path: Path) -> None:
+    saved = Artifact.save(torch.export.export(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), (torch.ones(1, 2),)), tmp_path)
+    with pytest.raises(KeyError), saved.lent() as given:
+        raise KeyError
+    assert saved.model is not given
+
+
+def test_a_stage_may_write_to_the_file_that_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "theirs.onnx").write_bytes(b"a model")
+    (tmp_path / "saved").mkdir()
+    saved = Artifact.save(ExportedFile(tmp_path / "theirs.onnx", "onnx"), tmp_path / "saved")
+    with saved.lent() as given:
+        given.path.write_bytes(b"another")
+    assert saved.model.path.read_bytes() == b"a model"
+
+
+def test_programs_that_take_other_inputs_or_compute_something_else_are_others() -> None:
+    class Mean(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.relu(image).mean((2, 3))
+
+    def hashed(program: Any) -> str:
+        return program_form.content_hash(program)
+
+    def exported(*free: int, most: int = 64) -> Any:
+        sizes = {at: torch.export.Dim(f"size{at}", min=2, max=most) for at in free}
+        return torch.export.export(
+            Mean(), (torch.ones(3, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO, **sizes},)
+        )
+
+    assert hashed(exported()) == hashed(exported())
+    assert len({hashed(exported()), hashed(exported(2)), hashed(exported(2, 3)), hashed(exported(2, most=32))}) == 4
+    without = exported()
+    (relu,) = [node for node in without.graph.nodes if "relu" in node.name]
+    relu.replace_all_uses_with(relu.args[0])
+    without.graph.erase_node(relu)  # and nothing is compiled again
+    assert hashed(without) != hashed(exported())
 
 
 def test_a_program_that_no_stage_changes_is_loaded_once(tmp_path: Path) -> None:

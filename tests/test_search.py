@@ -112,6 +112,9 @@ def test_a_study_is_shared_by_its_name(tmp_path: Path) -> None:
         jobs = Jobs(tmp_path / name)
         search(tmp_path / name, jobs, trials=6 if name == "a" else 10, study="mine", storage=uri).run()
         assert len(jobs.launched) == (6 if name == "a" else 4)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(RecipeError, match=r"the study 'mine' is over: 10 trials, in .*; raise hydra\.sweeper\.trials"):
+        search(tmp_path / "c", jobs, trials=10, study="mine", storage=uri).run()
     with pytest.raises(RecipeError, match=r"has 2 objectives; name another with hydra\.sweeper\.study"):
         search(tmp_path / "b", jobs, study="mine", storage=uri, objectives=["size"]).run()
     with pytest.raises(RecipeError, match="the study 'mine' cannot be kept"):

@@ -66,9 +66,15 @@ def content_hash(model: nn.Module) -> str:
 def structure(model: nn.Module) -> str:
     """What `model` computes, as far as it can be read: the graph's code, or the tree of modules and their types."""
     if isinstance(model, fx.GraphModule):
-        return model.code
+        return graph_code(model)
     types = [f"{name}: {type(module).__module__}.{type(module).__qualname__}" for name, module in model.named_modules()]
     return "\n".join([repr(model), *types])
+
+
+def graph_code(model: fx.GraphModule) -> str:
+    """The code of its graph and of those inside it, as they are now: `model.code` is that of the last recompile()."""
+    graphs = [(name, module) for name, module in model.named_modules() if isinstance(module, fx.GraphModule)]
+    return "\n".join(f"{name}: {module.graph.python_code('self').src}" for name, module in graphs)
 
 
 def update_with_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:

@@ -47,11 +47,12 @@ class Search:
     def run(self) -> None:
         """Until as many trials are over as were asked for, the goal is met, or nothing is left to try.
 
-        Raises RecipeError if the storage cannot be used.
+        Raises RecipeError if the storage cannot be used, or searches in other folders left nothing to do.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Optuna's, on what it calls experimental
             study = self._study()
+            self._refuse_if_over(study)
             self.ledger.plan(self.settings.trials)
             ended = self._run_jobs(study, self._interrupted(study))
             while ended and (left := self.settings.trials - len(over(study))) > 0 and not self._is_met(study):
@@ -83,6 +84,20 @@ class Search:
             for settings in self.settings.first:
                 study.enqueue_trial(dict(settings), user_attrs={"given": True})
         return study
+
+    def _refuse_if_over(self, study: Study) -> None:
+        """The answer would be that of no job: those that this folder has none of lie elsewhere."""
+        known = over(study)
+        if self.ledger.jobs() or not (len(known) >= self.settings.trials or self._is_met(study)):
+            return
+        folders = ", ".join(sorted({str(trial.user_attrs["folder"]) for trial in known}))
+        raise RecipeError(
+            [
+                f"the study '{study.study_name}' is over: {len(known)} trials, in {folders}; raise "
+                "hydra.sweeper.trials, or name another with hydra.sweeper.study=…"
+            ],
+            "search",
+        )
 
     @property
     def _objectives(self) -> int:

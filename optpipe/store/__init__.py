@@ -308,11 +308,12 @@ class Store:
 
     def remove(self, path: Path) -> bool:
         """Out of the way in one step, so that nobody reads half of it."""
-        if not path.exists():
-            return False
         aside = self.root / ASIDE / uuid.uuid4().hex
         aside.parent.mkdir(exist_ok=True, mode=0o700)
-        path.rename(aside)
+        try:
+            path.rename(aside)
+        except FileNotFoundError:  # another process was quicker
+            return False
         shutil.rmtree(aside, ignore_errors=True)
         return True
 

@@ -248,6 +248,11 @@ def _is_elsewhere(name: str) -> bool:
     return any(file.is_relative_to(folder) for folder in ELSEWHERE)
 
 
+def versions_of(modules: Sequence[str]) -> dict[str, str]:
+    """Of the distributions that hold these modules."""
+    return {module: _version(module.partition(".")[0]) for module in modules}
+
+
 @functools.cache
 def _version(top: str) -> str:
     if top in sys.stdlib_module_names:

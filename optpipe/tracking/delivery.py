@@ -187,7 +187,15 @@ class Delivery:
         if artifacts is not None:
             Path(artifacts).mkdir(mode=0o700, exist_ok=True)
             artifacts = Path(artifacts).as_uri()
-        return str(self._client.create_experiment(name, artifact_location=artifacts))
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name, artifact_location=artifacts))
+        except MlflowException:
+            found = self._client.get_experiment_by_name(name)  # by a run on another machine, in between
+            if found is None:
+                raise
+            return str(found.experiment_id)
 
     def _create(self, started_ms: int, name: str, tags: dict[str, str]) -> str:
         run = self._client.create_run(self._experiment_id, start_time=started_ms, run_name=name, tags=tags)

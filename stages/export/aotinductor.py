@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from optpipe.target import Target
 
 
-@register("export/aotinductor", takes="program", gives="aotinductor")
+@register("export/aotinductor", takes="program", gives="aotinductor", compiles=True)
 @dataclass(kw_only=True)
 class AotInductor:
     """torch's own compiler ahead of time: for this machine's processor, and no other.

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from optpipe.target import Target
 
 
-@register("export/tensorrt", takes="program", gives="tensorrt", requires=("tensorrt",), extra="optpipe[tensorrt]")
+@register(
+    "export/tensorrt", takes="program", gives="tensorrt", requires=("tensorrt",), extra="optpipe[tensorrt]",
+    compiles=True,
+)  # fmt: skip
 @dataclass(kw_only=True)
 class TensorRt:
     """Build and save an engine. It fits the GPU and the version of TensorRT that it was built with."""
