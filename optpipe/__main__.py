@@ -168,7 +168,8 @@ def _check_writable(command: Any) -> None:
     folder = Path(command.output_root)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise RecipeError([f"cannot write to '{folder}'; choose another folder with hydra.run.dir=…"], command.subject)
+        key = "hydra.sweep.dir" if command.is_sweep else "hydra.run.dir"
+        raise RecipeError([f"cannot write to '{folder}'; choose another folder with {key}=…"], command.subject)
 
 
 if __name__ == "__main__":

@@ -230,12 +230,14 @@ def folder_for(root: Path | None, words: Sequence[str], jobs: Sequence[Sequence[
     """Where to run the sweep `words`: the folder of an earlier one of the same words that is not over, or a new one.
 
     root: the folder that the command names; None for one below outputs/sweeps.
-    Raises RecipeError if the named folder holds another sweep.
+    Raises RecipeError if the named folder holds another sweep, or what is no sweep.
     """
     if root is not None:
         if "${" in str(root):
             raise RecipeError([f"hydra.sweep.dir is '{root}'; name a folder, without ${{…}}"], subject)
         if not (root / FILE).exists():
+            if root.is_dir() and any(path.name != LOCK for path in root.iterdir()):
+                raise RecipeError([f"'{root}' holds other files; give the sweep a folder of its own"], subject)
             Ledger(root).begin(words, jobs)
         elif (other := Ledger(root).told["command"]) != list(words):
             said = f"'{root}' holds another sweep ({' '.join(other)}); give it a folder of its own"

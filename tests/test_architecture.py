@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FRAME = sorted((ROOT / "optpipe").rglob("*.py"))
-PLUGINS = {f"optpipe/hydra_plugins/optpipe_{name}.py" for name in ("once", "ray", "search")}
+PLUGINS = {f"optpipe/hydra_plugins/optpipe_{name}.py" for name in ("once", "parallel", "ray", "search")}
 COMPOSE = {f"optpipe/compose/{name}.py" for name in ("__init__", "compositions", "jobs", "refusals", "sweeps")}
 STAGES = sorted((ROOT / "stages").rglob("*.py"))
 

@@ -120,8 +120,44 @@ def test_jobs_at_once_share_results_cores_and_a_run_in_mlflow(optpipe: Any, proj
     assert [item.path for item in client.list_artifacts(sweep.info.run_id)] == ["sweep.html"]
 
 
+KILLED = """
+import os, pathlib, signal
+from dataclasses import dataclass
+from optpipe import register
+
+@register("end/killed", takes="torch", gives="torch")
+@dataclass(kw_only=True)
+class Killed:
+    times: int = 1
+
+    def run(self, model, ctx):
+        mark = pathlib.Path(f"killed_{self.times}")
+        mark.write_text(mark.read_text() + "." if mark.exists() else ".")
+        if len(mark.read_text()) <= self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return model
+"""
+
+
+@pytest.mark.slow  # four pairs of processes
+def test_a_job_that_is_killed_beside_others_begins_again(optpipe: Any, project: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    (project / "my_end.py").write_text(KILLED)
+    (project / "my_conf" / "plugins.yaml").write_text("plugins: [my_stage, my_end]")
+    words = [word for word in WORDS if not word.startswith("pipeline=")]
+    chain = ("pipeline=[clip,end]", "+end=killed", "hydra/launcher=parallel", "end.times=1,9")
+    ended = optpipe(*words, *chain)
+    assert ended.code == 1 and "Traceback" not in ended.err
+    assert states(only(project)) == [State.done, State.failed]
+    assert Ledger(only(project)).job(1).reason == "its process was killed twice, beside others and alone"
+
+
 def test_the_folder_is_one_sweeps(tmp_path: Path) -> None:
     folder_for(tmp_path / "a", ["seed=1,2"], [["seed=1"], ["seed=2"]], "it")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.json").touch()
+    with pytest.raises(RecipeError, match=r"run' holds other files; give the sweep a folder of its own"):
+        folder_for(tmp_path / "run", ["seed=1,2"], [["seed=1"], ["seed=2"]], "it")
     with pytest.raises(RecipeError, match=r"holds another sweep \(seed=1,2\); give it a folder of its own"):
         folder_for(tmp_path / "a", ["seed=1,3"], [], "it")
     with alone(tmp_path / "a", "it"), pytest.raises(RecipeError, match="another process runs the sweep in"):

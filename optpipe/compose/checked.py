@@ -46,8 +46,10 @@ def plan(config: DictConfig, *, recipe: str, overrides: Sequence[str], subject: 
     rehearse = _rehearse(config.get("rehearse"), problems)
     entries = _entries(config, problems)
     relax = _relaxed(config, entries, problems)
-    if "goal" in config and not any(value is not None for value in config.goal.values()):
-        problems.append("goal is empty; give at least one limit, for example goal.p50_ms=5 goal.quality_drop=0.01")
+    goal = config.get("goal", {})
+    if "goal" in config and not (isinstance(goal, DictConfig) and any(value is not None for value in goal.values())):
+        said = "empty" if isinstance(goal, DictConfig) or not goal else f"'{goal}'"
+        problems.append(f"goal is {said}; give at least one limit, for example goal.p50_ms=5 goal.quality_drop=0.01")
     form = settings["model"].form if settings["model"] else "torch"
     if settings["target"]:
         entries = _without_absent(entries, settings["target"], problems)

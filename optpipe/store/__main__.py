@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def verify(store: Store, *, delete: bool) -> int:
 
 def gc(store: Store, limit_gb: float) -> int:
     """Make room."""
-    if limit_gb < 0:
+    if not 0 <= limit_gb < math.inf:
         raise OptpipeError(f"--limit-gb is {limit_gb:g}; it must be at least 0")
     removed, left = store.collect(int(limit_gb * GIGABYTE))
     print(f"{removed} results removed, {figures.size(left)} left in {store.root}")

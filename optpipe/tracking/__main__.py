@@ -78,13 +78,15 @@ def push(folder: Path, uri: str | None = None, experiment: str | None = None) ->
     with journal.alone():
         events = journal.read()
         if run_id := _delivered(events, report):
+            if events and uri:
+                _refuse_twice(folder, events[0], events[-1], uri)
             return f"already delivered as run {run_id}"
         if not events or events[-1].kind != "finish":
             events = of_report(report, folder, events[0].content if events else _first(report, folder))
             journal.replace(events)
         begin = _elsewhere(events[0], uri, experiment)
         run_id = _deliver([begin, *events[1:]], folder)
-        journal.add(Event.of("delivered", {"run_id": run_id}))
+        journal.add(Event.of("delivered", {"run_id": run_id, "uri": begin.content["uri"]}))
     return f"delivered as run {run_id} to {shown(begin.content['uri'])}"
 
 
@@ -94,13 +96,25 @@ def _push_sweep(folder: Path, uri: str | None, experiment: str | None) -> str:
     with journal.alone():
         kept = journal.read()
         for event in sweeps.ended(folder):
-            if run_id := next((after.content["run_id"] for told, after in pairwise(kept) if told == event), ""):
-                said.append(f"already delivered as run {run_id}")
+            if delivered := next((after for told, after in pairwise(kept) if told == event), None):
+                if uri:
+                    _refuse_twice(folder, event, delivered, uri)
+                said.append(f"already delivered as run {delivered.content['run_id']}")
                 continue
             to = _elsewhere(event, uri, experiment)
             with _named(folder, to):
                 said.append(f"delivered as run {deliver_sweep(event, to, folder)} to {shown(to.content['uri'])}")
     return "; ".join(said) or "none of its jobs is in MLflow, so there is nothing to add"
+
+
+def _refuse_twice(folder: Path, first: Event, delivered: Event, uri: str) -> None:
+    """Raises OptpipeError if what was delivered went to another place than `uri`."""
+    before, asked = delivered.content.get("uri", first.content["uri"]), _elsewhere(first, uri, None).content["uri"]
+    if before != asked:
+        raise OptpipeError(
+            f"{folder} was delivered to {shown(before)} before, as run {delivered.content['run_id']}, and goes to one "
+            f"place only; nothing was delivered to {shown(asked)}"
+        )
 
 
 def _delivered(events: list[Event], report: Report) -> str:

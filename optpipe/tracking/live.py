@@ -117,7 +117,7 @@ def deliver_sweep(event: Event, to: Event, folder: Path) -> str:
     delivery, kept = Delivery(folder, again=True), Journal(folder)
     delivery.tell(to)
     kept.add(event)
-    kept.add(Event.of("delivered", {"run_id": delivery.run_id}))
+    kept.add(Event.of("delivered", {"run_id": delivery.run_id, "uri": to.content["uri"]}))
     return delivery.run_id
 
 
