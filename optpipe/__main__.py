@@ -41,7 +41,7 @@ def _main() -> None:
         if not command.is_question:
             plans = compose.check(command)
             if any(plan.dry_run for plan in plans):
-                print("\n".join(execute.describe(plan) for plan in plans))
+                print(execute.described(plans))
                 return
             _check_writable(command)
     except OptpipeError as error:

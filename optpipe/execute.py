@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,16 @@ def _resolved(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return device
+
+
+def described(plans: Sequence[Plan]) -> str:
+    """Those of a sweep each behind what they do not share."""
+    said = []
+    for plan in plans:
+        own = [text for text in plan.overrides if not all(text in other.overrides for other in plans)]
+        said += [f"{' '.join(own)}:"] if own else []
+        said.append(describe(plan))
+    return "\n".join(said)
 
 
 def describe(plan: Plan) -> str:
