@@ -43,6 +43,6 @@ def start(folder: Path, *words: str, cache: Path) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], folder: Path) -> Finished:
-    out, err = process.communicate(timeout=300)
+def finish(process: subprocess.Popen[str], folder: Path, timeout: float = 300) -> Finished:
+    out, err = process.communicate(timeout=timeout)
     return Finished(process.returncode, out, err, folder)
