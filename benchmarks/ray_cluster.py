@@ -77,6 +77,7 @@ class Seen:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what `… &` starts ignores it, and so would its sweeps
     # Ray's sockets must have short paths
     with tempfile.TemporaryDirectory(prefix="op", ignore_cleanup_errors=True) as name, cluster(Path(name)) as ray:
         project = prepared(Path(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ OUTSIDE = Path(__file__).parent / "outside"
 
 
 def pytest_configure() -> None:
-    """A core for each of several workers: torch processes with a thread on every core slow one another down tenfold."""
+    """A core for each of several workers: torch processes with a thread on every core slow one another down tenfold.
+
+    And Ctrl-C is heard by the commands that tests start, which a shell's `… &` would have them ignore.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -279,6 +279,8 @@ def test_meet_is_a_search_by_itself_and_needs_a_goal() -> None:
     assert command.again(["+recipe=meet"]) == "python -m optpipe +recipe=meet hydra.mode=RUN"
     with pytest.raises(RecipeError, match=r"goal is empty; give at least one limit, for example goal\.p50_ms=5"):
         compose.check(read(["+recipe=meet"]))
+    with pytest.raises(RecipeError, match=r"goal is '0\.2'; give at least one limit, for example goal\.p50_ms=5"):
+        compose.check(read(["+recipe=meet", "goal=0.2"]))
 
 
 def test_a_recipe_composes_to_what_the_overrides_do(tmp_path: Path) -> None:

@@ -215,6 +215,7 @@ def test_the_command_lists_checks_and_makes_room(
     assert "module.pt was changed" in capsys.readouterr().out
     assert run("--folder", store.root, "verify", "--delete") == 0 and not entry.exists()
     keep(store, KEY, tmp_path)
+    assert run("--folder", store.root, "gc", "--limit-gb", "nan") == 1
     assert run("--folder", store.root, "gc", "--limit-gb", 0) == 0
     assert "1 results removed, 0 bytes left" in capsys.readouterr().out
     assert run("--folder", tmp_path / "none", "ls") == 1

@@ -286,7 +286,11 @@ def test_a_run_that_was_killed_at_its_very_end_is_taken_from_its_report(
 
 
 def test_a_push_that_is_interrupted_anywhere_is_completed_by_the_next(
-    project: Path, store: str, empty_mlflow: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path,
+    store: str,
+    empty_mlflow: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = run(project, "a", store)
     expected = content(store, folder)
@@ -308,6 +312,9 @@ def test_a_push_that_is_interrupted_anywhere_is_completed_by_the_next(
     assert push(folder, "--uri", other) == 0
     assert len(runs_at(other)) == 4
     assert content(other, folder) == expected
+    assert push(folder, "--uri", other) == 0
+    assert push(folder, "--uri", store) == 1
+    assert "goes to one place only; nothing was delivered to" in capsys.readouterr().err
 
 
 def test_what_cannot_be_pushed_is_refused_in_one_message(

@@ -181,14 +181,14 @@ class Delivery:
         return str(manifest["files"][path.name]["sha256"])
 
     def _experiment(self, name: str, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
         if artifacts is not None:
             Path(artifacts).mkdir(mode=0o700, exist_ok=True)
             artifacts = Path(artifacts).as_uri()
-        from mlflow.exceptions import MlflowException
-
         try:
             return str(self._client.create_experiment(name, artifact_location=artifacts))
         except MlflowException:
