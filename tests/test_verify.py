@@ -33,8 +33,10 @@ def name_in_manifest(folder: Path, name: str) -> None:
 
 
 def wide(entry: dict) -> dict:
-    """A point of the grid whose intervals are as wide as those of a machine that is not quiet."""
-    return entry | {f"{name}_ci95": [entry[name] / 2, entry[name] * 2] for name in ("speedup", "speedup_same_runtime")}
+    """A point of the grid whose intervals hold whatever a machine that is busy with other tests may measure."""
+    return entry | {
+        f"{name}_ci95": [entry[name] / 100, entry[name] * 100] for name in ("speedup", "speedup_same_runtime")
+    }
 
 
 def test_a_run_that_nobody_touched_holds(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
